@@ -1,0 +1,53 @@
+// The pybind11 module lora_kernels._C: what is no op. CPU features and the facts of this build.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+
+#include "lora_kernels/cpu.h"
+
+namespace {
+
+std::map<std::string, bool> cpu_features() {
+  std::map<std::string, bool> features;
+#if defined(__x86_64__)
+#define LK_FEATURE(name) features[name] = __builtin_cpu_supports(name) != 0
+  LK_FEATURE("avx");
+  LK_FEATURE("avx2");
+  LK_FEATURE("fma");
+  LK_FEATURE("avx512f");
+  LK_FEATURE("avx512bw");
+  LK_FEATURE("avx512dq");
+  LK_FEATURE("avx512vl");
+  LK_FEATURE("avx512vnni");
+#ifdef LK_HAVE_AVX512BF16
+  LK_FEATURE("avx512bf16");
+#endif
+#undef LK_FEATURE
+#endif
+  return features;
+}
+
+std::map<std::string, std::string> build_info() {
+  return {{"compiler", LK_BUILD_COMPILER},
+          {"cpu_isas", LK_BUILD_ISAS},
+          {"torch", LK_BUILD_TORCH},
+          {"cuda", LK_BUILD_CUDA},
+          {"cuda_archs", LK_BUILD_CUDA_ARCHS}};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU features and build facts of lora_kernels.";
+  m.def("cpu_features", &cpu_features,
+        "Instruction-set extensions that CPU and OS offer, by name.");
+  m.def("build_info", &build_info, "Compiler, instruction sets, torch and CUDA of this build.");
+  m.def(
+      "host_isa", [] { return lora_kernels::isa_name(lora_kernels::best_isa()); },
+      "The best kernel level this CPU can run.");
+  m.def(
+      "active_isa", [] { return lora_kernels::isa_name(lora_kernels::isa()); },
+      "The kernel level in use (see LORA_KERNELS_CPU_ISA).");
+}

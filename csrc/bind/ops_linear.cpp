@@ -1,0 +1,420 @@
+// CPU kernels of lora_linear, lora_add_ and their gradients: checks, scratch, and the order of
+// work.
+//
+// Forward: h = x A^T (with dropout bits drawn in the same pass), then the base product; our own
+// kernels add s h B^T before the one rounding, after the vendor's GEMM it is added in place.
+// Backward: g = s dy B, dx = dy W on the chosen path, then dx += g A, dA = g^T x and
+// dB = s dy^T h together in one parallel region.
+#include <cmath>
+
+#include "segments.h"
+
+namespace lora_kernels {
+namespace {
+
+// The shapes of one call, checked: letters as in ops/library.py.
+struct Shape {
+  int64_t M = 0, K = 0, N = 0, R = 0, S = 1;
+  std::vector<int64_t> starts;  // of the slices' columns, and N
+  DType dtype = DType::f32, a_dtype = DType::f32, b_dtype = DType::f32;
+};
+
+float read_scaling(TensorArg& t) {
+  t.read();
+  STD_TORCH_CHECK(t.numel() == 1 && t.type() == type_codes().f32,
+                  "scaling: expected a 0-d float32 tensor");
+  return *t.as<float>();
+}
+
+// x (M, K) and the adapter; N comes from lora_b.
+Shape read_shape(TensorArg& x, TensorArg& a, TensorArg& b, const Splits& splits) {
+  Shape s;
+  x.read();
+  a.read();
+  b.read();
+  STD_TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions");
+  s.M = x.size(0);
+  s.K = x.size(1);
+  s.dtype = dtype_of(x, "x");
+  s.a_dtype = dtype_of(a, "lora_a");
+  s.b_dtype = dtype_of(b, "lora_b");
+  check_adapter_dtype(s.a_dtype, s.dtype, "lora_a");
+  check_adapter_dtype(s.b_dtype, s.dtype, "lora_b");
+  STD_TORCH_CHECK(b.dim() == 2, "lora_b: expected (out_features, rank)");
+  s.N = b.size(0);
+  s.R = b.size(1);
+  STD_TORCH_CHECK(s.R > 0, "lora_a: expected rank >= 1");
+  if (splits.has_value()) {
+    s.S = static_cast<int64_t>(splits->size());
+    STD_TORCH_CHECK(s.S > 0 && a.dim() == 3 && a.size(0) == s.S,
+                    "lora_a: expected (slices, rank, in_features)");
+  } else {
+    STD_TORCH_CHECK(a.dim() == 2, "lora_a: expected (rank, in_features)");
+  }
+  s.starts = slice_starts(splits, s.N);
+  STD_TORCH_CHECK(a.size(a.dim() - 1) == s.K && a.size(a.dim() - 2) == s.R,
+                  "lora_a: expected rank and in_features to match lora_b and x");
+  make_row_major(x);
+  if (s.S > 1 || a.dim() == 3) {
+    make_contiguous(a);
+  } else {
+    make_row_major(a);
+  }
+  make_row_major(b);
+  return s;
+}
+
+void check_weight(TensorArg& w, const Shape& s) {
+  w.read();
+  STD_TORCH_CHECK(w.dim() == 2 && w.size(0) == s.N && w.size(1) == s.K,
+                  "weight: expected (out_features, in_features)");
+  STD_TORCH_CHECK(dtype_of(w, "weight") == s.dtype, "weight: expected the dtype of x");
+}
+
+void check_bias(TensorArg& bias, const Shape& s) {
+  if (!bias.defined()) return;
+  bias.read();
+  STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == s.N, "bias: expected (out_features)");
+  STD_TORCH_CHECK(dtype_of(bias, "bias") == s.dtype, "bias: expected the dtype of x");
+  make_contiguous(bias);
+}
+
+void check_rows(TensorArg& t, int64_t rows, int64_t cols, const char* name) {
+  t.read();
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name,
+                  ": expected shape (", rows, ", ", cols, ")");
+}
+
+void check_written(TensorArg& y, int64_t rows, int64_t cols, const char* name) {
+  check_rows(y, rows, cols, name);
+  STD_TORCH_CHECK((cols <= 1 || y.stride(1) == 1) && (rows <= 1 || y.stride(0) >= cols), name,
+                  ": expected rows that are contiguous and do not overlap");
+}
+
+int64_t row_stride_a(const TensorArg& a) { return a.stride(a.dim() - 2); }
+
+DotTask shrink_task(const Shape& s, const TensorArg& x, const TensorArg& a, float* h) {
+  DotTask t = {};
+  t.job.x = x.data();
+  t.job.x_stride = x.stride(0);
+  t.job.x_dtype = s.dtype;
+  t.job.a = a.data();
+  t.job.a_stride = s.S * s.R > 1 ? (s.S > 1 ? s.K : row_stride_a(a)) : s.K;
+  t.job.a_dtype = s.a_dtype;
+  t.job.out = h;
+  t.job.out_stride = s.S * s.R;
+  t.job.K = s.K;
+  t.job.alpha = 1.0f;
+  t.M = s.M;
+  t.R = s.S * s.R;
+  return t;
+}
+
+struct Dropout {
+  float p = 0.0f;
+  TensorArg mask;
+  uint64_t seed = 0;
+};
+
+uint32_t threshold_of(double p) { return static_cast<uint32_t>(std::lrint(p * 65536.0)); }
+
+// h (M, S * R) = dropout(x) A^T.
+void shrink(const Shape& s, const TensorArg& x, const TensorArg& a, float* h,
+            const Dropout* dropout) {
+  DotTask task = shrink_task(s, x, a, h);
+  if (dropout == nullptr || dropout->p == 0.0f) {
+    run_dots(&task, 1);
+    return;
+  }
+  task.job.mask = dropout->mask.as<uint8_t>();
+  task.job.mask_stride = (s.K + 7) / 8;
+  task.job.alpha = 1.0f / (1.0f - dropout->p);
+  run_dots_with_dropout(task, dropout->mask.as<uint8_t>(), dropout->seed, threshold_of(dropout->p));
+}
+
+// y += scale * h B^T, slice by slice.
+void expand(const Shape& s, const TensorArg& y, DType y_dtype, const float* h, const TensorArg& b,
+            float scale) {
+  std::vector<AddTask> tasks;
+  for (int64_t i = 0; i < s.S; i++) {
+    AddTask t = {};
+    t.job.y = element(y.data(), s.starts[i], y_dtype);
+    t.job.y_stride = y.stride(0);
+    t.job.y_dtype = y_dtype;
+    t.job.update =
+        factors(h + i * s.R, s.S * s.R, element(b.data(), s.starts[i] * b.stride(0), s.b_dtype),
+                b.stride(0), true, s.R);
+    t.job.b_dtype = s.b_dtype;
+    t.job.scale = scale;
+    t.job.accumulate = true;
+    t.M = s.M;
+    t.N = s.starts[i + 1] - s.starts[i];
+    tasks.push_back(t);
+  }
+  run_adds(tasks.data(), static_cast<int64_t>(tasks.size()));
+}
+
+// y, given and checked; h is written when it is not null.
+void forward(const Shape& s, const TensorArg& y, const TensorArg& x, TensorArg& w,
+             const TensorArg& bias, const TensorArg& a, const TensorArg& b, float scale,
+             bool invariant, float* h, const Dropout* dropout) {
+  if (s.M == 0) return;
+  if (h == nullptr) h = static_cast<float*>(thread_scratch(3, s.M * s.S * s.R * 4));
+  shrink(s, x, a, h, dropout);
+  if (s.N == 0) return;
+  const Path path = path_for(s.M, w, s.dtype, false, invariant);
+  RowUpdate* updates = nullptr;
+  if (path == Path::stream && s.R > 0) {
+    updates = static_cast<RowUpdate*>(
+        thread_scratch(2, s.S * s.M * static_cast<int64_t>(sizeof(RowUpdate))));
+    for (int64_t i = 0; i < s.S; i++) {
+      for (int64_t m = 0; m < s.M; m++) {
+        updates[i * s.M + m] = {h + m * s.S * s.R + i * s.R, b.data(), b.stride(0), s.R, scale};
+      }
+    }
+  }
+  if (path == Path::panel && s.S == 1 && s.b_dtype == s.dtype) {
+    record_path(path);
+    AddTask task = {panel_forward(y, x, w, bias), s.M, s.N};
+    task.job.update = factors(h, s.R, b.data(), b.stride(0), true, s.R);
+    task.job.scale = scale;
+    run_adds(&task, 1);
+  } else if (!base_forward(y, x, w, bias, updates, s.b_dtype, s.starts.data(), s.S, path)) {
+    expand(s, y, s.dtype, h, b, scale);
+  }
+}
+
+Dropout make_dropout(const Shape& s, double p, TensorArg& seed) {
+  Dropout d;
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout_p: expected 0 <= p < 1");
+  if (p == 0.0) {
+    d.mask = new_tensor({0}, type_codes().u8);
+    return d;
+  }
+  STD_TORCH_CHECK(seed.defined(), "dropout_seed: expected a 0-d int64 tensor");
+  seed.read();
+  STD_TORCH_CHECK(seed.numel() == 1 && seed.type() == type_codes().i64,
+                  "dropout_seed: expected a 0-d int64 tensor");
+  d.p = static_cast<float>(p);
+  d.seed = static_cast<uint64_t>(*seed.as<int64_t>());
+  d.mask = new_tensor({s.M, (s.K + 7) / 8}, type_codes().u8);
+  return d;
+}
+
+void lora_linear(StableIValue* stack, uint64_t, uint64_t) {
+  TensorArg x = take_tensor(stack[0]), w = take_tensor(stack[1]), bias = take_optional(stack[2]),
+            a = take_tensor(stack[3]), b = take_tensor(stack[4]), scaling = take_tensor(stack[5]);
+  const Splits splits = take<Splits>(stack[6]);
+  const Shape s = read_shape(x, a, b, splits);
+  check_weight(w, s);
+  check_bias(bias, s);
+  TensorArg y = new_tensor({s.M, s.N}, type_code(s.dtype));
+  forward(s, y, x, w, bias, a, b, read_scaling(scaling), take<bool>(stack[7]), nullptr, nullptr);
+  stack[0] = give(std::move(y));
+}
+
+void lora_linear_out(StableIValue* stack, uint64_t, uint64_t) {
+  TensorArg y = take_tensor(stack[0]), x = take_tensor(stack[1]), w = take_tensor(stack[2]),
+            bias = take_optional(stack[3]), a = take_tensor(stack[4]), b = take_tensor(stack[5]),
+            scaling = take_tensor(stack[6]);
+  const Splits splits = take<Splits>(stack[7]);
+  const Shape s = read_shape(x, a, b, splits);
+  check_weight(w, s);
+  check_bias(bias, s);
+  check_written(y, s.M, s.N, "out");
+  STD_TORCH_CHECK(dtype_of(y, "out") == s.dtype, "out: expected the dtype of x");
+  forward(s, y, x, w, bias, a, b, read_scaling(scaling), take<bool>(stack[8]), nullptr, nullptr);
+}
+
+void lora_linear_train(StableIValue* stack, uint64_t, uint64_t) {
+  TensorArg x = take_tensor(stack[0]), w = take_tensor(stack[1]), bias = take_optional(stack[2]),
+            a = take_tensor(stack[3]), b = take_tensor(stack[4]), scaling = take_tensor(stack[5]),
+            seed = take_optional(stack[7]);
+  const Splits splits = take<Splits>(stack[8]);
+  const Shape s = read_shape(x, a, b, splits);
+  check_weight(w, s);
+  check_bias(bias, s);
+  Dropout dropout = make_dropout(s, take<double>(stack[6]), seed);
+  TensorArg y = new_tensor({s.M, s.N}, type_code(s.dtype));
+  TensorArg h = new_tensor({s.M, s.S * s.R}, type_codes().f32);
+  forward(s, y, x, w, bias, a, b, read_scaling(scaling), take<bool>(stack[9]), h.as<float>(),
+          &dropout);
+  stack[0] = give(std::move(y));
+  stack[1] = give(std::move(h));
+  stack[2] = give(std::move(dropout.mask));
+}
+
+void check_added(TensorArg& y, const Shape& s) {
+  check_written(y, s.M, s.N, "y");
+  check_adapter_dtype(dtype_of(y, "y"), s.dtype, "y");
+}
+
+void lora_add(StableIValue* stack, uint64_t, uint64_t) {
+  TensorArg y = take_tensor(stack[0]), x = take_tensor(stack[1]), a = take_tensor(stack[2]),
+            b = take_tensor(stack[3]), scaling = take_tensor(stack[4]);
+  const Shape s = read_shape(x, a, b, std::nullopt);
+  check_added(y, s);
+  const float scale = read_scaling(scaling);
+  record_path(Path::add);
+  float* h = static_cast<float*>(thread_scratch(3, s.M * s.R * 4));
+  shrink(s, x, a, h, nullptr);
+  expand(s, y, dtype_of(y, "y"), h, b, scale);
+}
+
+void lora_add_train(StableIValue* stack, uint64_t, uint64_t) {
+  TensorArg y = take_tensor(stack[0]), x = take_tensor(stack[1]), a = take_tensor(stack[2]),
+            b = take_tensor(stack[3]), scaling = take_tensor(stack[4]),
+            seed = take_optional(stack[6]);
+  const Shape s = read_shape(x, a, b, std::nullopt);
+  check_added(y, s);
+  const float scale = read_scaling(scaling);
+  Dropout dropout = make_dropout(s, take<double>(stack[5]), seed);
+  TensorArg h = new_tensor({s.M, s.R}, type_codes().f32);
+  record_path(Path::add);
+  shrink(s, x, a, h.as<float>(), &dropout);
+  expand(s, y, dtype_of(y, "y"), h.as<float>(), b, scale);
+  stack[0] = give(std::move(h));
+  stack[1] = give(std::move(dropout.mask));
+}
+
+// g (M, S * R) = scale * dy B, through B transposed so that both operands are contiguous.
+float* rank_gradient(const Shape& s, const TensorArg& dy, const TensorArg& b, float scale) {
+  void* bt = thread_scratch(2, s.N * s.R * dtype_size(s.b_dtype));
+  float* g = static_cast<float*>(thread_scratch(3, s.M * s.S * s.R * 4));
+  run_transpose(bt, s.N, b.data(), b.stride(0), s.b_dtype, s.N, s.R);
+  std::vector<DotTask> tasks;
+  for (int64_t i = 0; i < s.S; i++) {
+    DotTask t = {};
+    t.job.x = element(dy.data(), s.starts[i], s.dtype);
+    t.job.x_stride = dy.stride(0);
+    t.job.x_dtype = s.dtype;
+    t.job.a = element(bt, s.starts[i], s.b_dtype);
+    t.job.a_stride = s.N;
+    t.job.a_dtype = s.b_dtype;
+    t.job.out = g + i * s.R;
+    t.job.out_stride = s.S * s.R;
+    t.job.K = s.starts[i + 1] - s.starts[i];
+    t.job.alpha = scale;
+    t.M = s.M;
+    t.R = s.R;
+    tasks.push_back(t);
+  }
+  run_dots(tasks.data(), s.S);
+  return g;
+}
+
+void lora_linear_backward(StableIValue* stack, uint64_t, uint64_t) {
+  TensorArg dy = take_tensor(stack[0]), x = take_tensor(stack[1]), w = take_optional(stack[2]),
+            a = take_tensor(stack[3]), b = take_tensor(stack[4]), scaling = take_tensor(stack[5]),
+            h = take_tensor(stack[6]), mask = take_tensor(stack[7]);
+  const double p = take<double>(stack[8]);
+  const Splits splits = take<Splits>(stack[9]);
+  const bool need_x = take<bool>(stack[10]), need_a = take<bool>(stack[11]),
+             need_b = take<bool>(stack[12]), invariant = take<bool>(stack[13]);
+  const Shape s = read_shape(x, a, b, splits);
+  check_rows(dy, s.M, s.N, "dy");
+  STD_TORCH_CHECK(dtype_of(dy, "dy") == s.dtype, "dy: expected the dtype of x");
+  make_row_major(dy);
+  check_rows(h, s.M, s.S * s.R, "h");
+  STD_TORCH_CHECK(h.type() == type_codes().f32, "h: expected float32");
+  make_row_major(h);
+  if (w.defined()) check_weight(w, s);
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout_p: expected 0 <= p < 1");
+  if (p > 0.0) {
+    check_rows(mask, s.M, (s.K + 7) / 8, "mask");
+    STD_TORCH_CHECK(mask.type() == type_codes().u8, "mask: expected uint8");
+    make_contiguous(mask);
+  }
+  const float scale = read_scaling(scaling), kept = 1.0f / (1.0f - static_cast<float>(p));
+
+  TensorArg dx =
+      need_x ? new_tensor({s.M, s.K}, type_code(s.dtype)) : new_tensor({0}, type_code(s.dtype));
+  TensorArg da = need_a ? new_like(a) : new_tensor({0}, type_code(s.a_dtype));
+  TensorArg db = need_b ? new_like(b) : new_tensor({0}, type_code(s.b_dtype));
+  const float* g = need_x || need_a ? rank_gradient(s, dy, b, scale) : nullptr;
+  AddTask add = {};
+  std::vector<GradTask> grads;
+  const int64_t ranks = s.S * s.R;
+  Path path = Path::add;
+  if (need_x) {
+    add.job.y = dx.data();
+    add.job.y_stride = s.K;
+    add.job.y_dtype = s.dtype;
+    add.M = s.M;
+    add.N = s.K;
+    if (w.defined() && s.M > 0 && s.K > 0) {
+      path = path_for(s.M, w, s.dtype, true, invariant);
+      add.job.accumulate = true;
+      if (path == Path::panel && s.a_dtype == s.dtype) {
+        add.job = panel_backward(dx, dy, w);
+      } else if (path == Path::panel) {
+        const AddTask task = {panel_backward(dx, dy, w), s.M, s.K};
+        run_adds(&task, 1);
+      } else {
+        vendor_backward(dx, dy, w);
+      }
+    }
+    add.job.update =
+        factors(g, ranks, a.data(), shrink_task(s, x, a, nullptr).job.a_stride, false, ranks);
+    add.job.b_dtype = s.a_dtype;
+    add.job.scale = kept;
+    if (p > 0.0) {
+      add.job.mask = mask.as<uint8_t>();
+      add.job.mask_stride = (s.K + 7) / 8;
+    }
+  }
+  record_path(path);
+  if (need_a) {
+    GradTask t = {};
+    t.job.x = x.data();
+    t.job.x_stride = x.stride(0);
+    t.job.x_dtype = s.dtype;
+    t.job.g = g;
+    t.job.g_stride = ranks;
+    t.job.M = s.M;
+    t.job.R = ranks;
+    t.job.alpha = kept;
+    t.job.out = da.data();
+    t.job.out_stride = s.K;
+    t.job.out_dtype = s.a_dtype;
+    if (p > 0.0) {
+      t.job.mask = mask.as<uint8_t>();
+      t.job.mask_stride = (s.K + 7) / 8;
+    }
+    t.K = s.K;
+    grads.push_back(t);
+  }
+  for (int64_t i = 0; need_b && i < s.S; i++) {
+    GradTask t = {};
+    t.job.x = element(dy.data(), s.starts[i], s.dtype);
+    t.job.x_stride = dy.stride(0);
+    t.job.x_dtype = s.dtype;
+    t.job.g = h.as<float>() + i * s.R;
+    t.job.g_stride = h.stride(0);
+    t.job.M = s.M;
+    t.job.R = s.R;
+    t.job.alpha = scale;
+    t.job.out = element(db.data(), s.starts[i] * s.R, s.b_dtype);
+    t.job.out_stride = s.R;
+    t.job.out_dtype = s.b_dtype;
+    t.job.transposed = true;
+    t.K = s.starts[i + 1] - s.starts[i];
+    grads.push_back(t);
+  }
+  run_adds_and_grads(&add, need_x ? 1 : 0, grads.data(), static_cast<int64_t>(grads.size()));
+  stack[0] = give(std::move(dx));
+  stack[1] = give(std::move(da));
+  stack[2] = give(std::move(db));
+}
+
+}  // namespace
+}  // namespace lora_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
+  m.impl("lora_linear", &lora_kernels::lora_linear);
+  m.impl("lora_linear_out", &lora_kernels::lora_linear_out);
+  m.impl("lora_linear_train", &lora_kernels::lora_linear_train);
+  m.impl("lora_linear_backward", &lora_kernels::lora_linear_backward);
+  m.impl("lora_add_", &lora_kernels::lora_add);
+  m.impl("lora_add_train_", &lora_kernels::lora_add_train);
+}

@@ -1,0 +1,229 @@
+// One work item of an exact merge, and the widening of the factors.
+//
+// The update of the item's rows and columns is computed first, into a buffer of float32: kRows x
+// kCols accumulators run over the whole rank in registers, each a chain of fused multiply-adds from
+// +0 in ascending order, which is the arithmetic the format fixes: long ranks are not cut. Then the
+// item's blocks go through the codec one by one: gathered where W's rows are apart, undone, merged,
+// and written back when nothing can be wrong with the block any more. What a merge records goes
+// into one allocation an item.
+#include "exact_isa.h"
+
+#include <cstdlib>
+
+#include "exact_codec.h"
+#include "merge_isa.h"
+
+namespace lora_kernels {
+namespace LK_ISA {
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kRows = 8;
+#else
+constexpr int kRows = 4;
+#endif
+constexpr int kVecs = 2;
+constexpr int kCols = kVecs * kN;
+
+// out[rows][cols] = the update at rows row0 .. of columns col0 .., which start a panel.
+void update(const ExactTerm& term, int64_t row0, int64_t rows, int64_t col0, int64_t cols,
+            float* out) {
+  const int64_t rank = term.rank;
+  for (int64_t j = 0; j < cols; j += kCols) {
+    const float* panel = term.a + (col0 + j) * rank;
+    const int64_t left = cols - j;
+    for (int64_t i = 0; i < rows; i += kRows) {
+      const float* t[kRows];
+      for (int y = 0; y < kRows; ++y) {
+        t[y] = term.t + (row0 + (i + y < rows ? i + y : rows - 1)) * rank;
+      }
+      fv acc[kRows][kVecs] = {};
+      const float* a = panel;
+      for (int64_t r = 0; r < rank; ++r, a += kCols) {
+        const fv a0 = read<fv>(a), a1 = read<fv>(a + kN);
+#pragma GCC unroll 8
+        for (int y = 0; y < kRows; ++y) {
+          const fv b = splat(t[y][r]);
+          acc[y][0] = fused(b, a0, acc[y][0]);
+          acc[y][1] = fused(b, a1, acc[y][1]);
+        }
+      }
+      for (int y = 0; y < kRows && i + y < rows; ++y) {
+        float* to = out + (i + y) * cols + j;
+        if (left >= kCols) {
+          write(to, acc[y][0]);
+          write(to + kN, acc[y][1]);
+        } else {
+          std::memcpy(to, acc[y], static_cast<size_t>(left) * sizeof(float));
+        }
+      }
+    }
+  }
+}
+
+// A thread's buffers.
+struct Scratch {
+  float *undo, *apply;      // updates of a unit
+  uint8_t *in, *mid, *out;  // a block's weights: as they are, undone, merged
+  Queue* queue;
+};
+
+int64_t round_up(int64_t n) { return (n + 63) / 64 * 64; }
+
+int64_t unit_width(const ExactLayout& at) { return at.per_row > 1 ? kExactMaxBlock : at.cols; }
+
+// The most that a unit can record; the last of its blocks is written with 8 bytes to spare.
+size_t chunk_bytes(const ExactJob& job) {
+  const ExactLayout& at = job.layout;
+  return static_cast<size_t>(at.unit_rows * unit_width(at) * dtype_size(job.w.dtype) + 8);
+}
+
+Scratch make_scratch(const ExactJob& job) {
+  const ExactLayout& at = job.layout;
+  const int64_t size = dtype_size(job.w.dtype), block = round_up(kExactMaxBlock * size);
+  const int64_t update_bytes = round_up(at.unit_rows * unit_width(at) * 4);
+  uint8_t* p = static_cast<uint8_t*>(
+      merge_scratch(static_cast<size_t>(2 * update_bytes + 3 * block) + sizeof(Queue)));
+  Scratch s;
+  s.undo = reinterpret_cast<float*>(p);
+  s.apply = reinterpret_cast<float*>(p += update_bytes);
+  s.in = p += update_bytes;
+  s.mid = p += block;
+  s.out = p += block;
+  s.queue = reinterpret_cast<Queue*>(p + block);
+  return s;
+}
+
+// The rows x cols weights at `from` and a buffer of them, side by side.
+template <class T>
+void gather(const T* from, const Matrix& w, int64_t rows, int64_t cols, T* to) {
+  for (int64_t i = 0; i < rows; ++i, from += w.row_stride, to += cols) {
+    if (w.col_stride == 1) {
+      std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(cols) * sizeof(T));
+    } else {
+      for (int64_t j = 0; j < cols; ++j) to[j] = from[j * w.col_stride];
+    }
+  }
+}
+template <class T>
+void scatter(const T* from, const Matrix& w, int64_t rows, int64_t cols, T* to) {
+  for (int64_t i = 0; i < rows; ++i, from += cols, to += w.row_stride) {
+    if (w.col_stride == 1) {
+      std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(cols) * sizeof(T));
+    } else {
+      for (int64_t j = 0; j < cols; ++j) to[j * w.col_stride] = from[j];
+    }
+  }
+}
+
+template <class T>
+ExactResult run_unit(const ExactJob& job, int64_t unit) {
+  const ExactLayout& at = job.layout;
+  const Scratch s = make_scratch(job);
+  const int64_t side = unit / at.row_units;
+  const int64_t row0 = unit % at.row_units * at.unit_rows;
+  const int64_t row1 = row0 + at.unit_rows < at.rows ? row0 + at.unit_rows : at.rows;
+  const int64_t col0 = side * kExactBlock;
+  const int64_t cols = (side + 1 == at.per_row ? at.cols : col0 + kExactBlock) - col0;
+  if (job.undo != nullptr) update(*job.undo, row0, row1 - row0, col0, cols, s.undo);
+  if (job.apply != nullptr) update(*job.apply, row0, row1 - row0, col0, cols, s.apply);
+
+  uint8_t* bits = job.apply_piece != nullptr ? job.chunk[unit] : nullptr;
+  for (int64_t i = row0; i < row1; i += at.group) {
+    const int64_t block = i / at.group * at.per_row + side;
+    if (job.only_done && !job.done[block]) continue;
+    const int64_t rows = row1 - i < at.group ? row1 - i : at.group, n = rows * cols;
+    T* home = static_cast<T*>(job.w.data) + i * job.w.row_stride + col0 * job.w.col_stride;
+    const bool flat =
+        (job.w.col_stride == 1 || cols == 1) && (rows == 1 || job.w.row_stride == cols);
+    const T* now = home;
+    if (!flat) {
+      gather(home, job.w, rows, cols, reinterpret_cast<T*>(s.in));
+      now = reinterpret_cast<T*>(s.in);
+    }
+    if (job.undo != nullptr) {
+      T* w = reinterpret_cast<T*>(s.mid);
+      if (!decode(now, s.undo + (i - row0) * cols, n, block, job.undo_piece[block], w, *s.queue)) {
+        return {ExactStatus::mismatch, block};
+      }
+      now = w;
+    }
+    if (job.apply != nullptr) {
+      T* m = reinterpret_cast<T*>(s.out);
+      ExactPiece* piece = job.apply_piece != nullptr ? job.apply_piece + block : nullptr;
+      if (!encode(now, s.apply + (i - row0) * cols, n, block, m, bits, piece, *s.queue)) {
+        return {ExactStatus::not_finite, block};
+      }
+      if (piece != nullptr) bits += piece->size;
+      now = m;
+    }
+    scatter(now, job.w, rows, cols, home);
+    job.done[block] = 1;
+  }
+  return {ExactStatus::ok, -1};
+}
+
+// Gives back the memory that the unit did not fill.
+void trim_chunk(const ExactJob& job, int64_t unit) {
+  const ExactLayout& at = job.layout;
+  const int64_t first = unit % at.row_units * at.unit_rows / at.group;
+  const int64_t side = unit / at.row_units, count = at.unit_rows / at.group;
+  uint8_t* const from = job.chunk[unit];
+  size_t size = 0, offset = 0;
+  int64_t g = first;
+  for (; g < first + count; ++g) {
+    const int64_t block = g * at.per_row + side;
+    if (block >= at.blocks || !job.done[block]) break;
+    size += job.apply_piece[block].size;
+  }
+  uint8_t* const to = static_cast<uint8_t*>(std::realloc(from, size + 1));
+  if (to == nullptr) return;
+  job.chunk[unit] = to;
+  for (int64_t i = first; i < g; ++i) {
+    ExactPiece& piece = job.apply_piece[i * at.per_row + side];
+    piece.data = to + offset;
+    offset += piece.size;
+  }
+}
+
+}  // namespace
+
+int exact_panel() { return kCols; }
+
+ExactResult exact_unit(const ExactJob& job, int64_t unit) {
+  if (job.apply_piece != nullptr) {
+    job.chunk[unit] = static_cast<uint8_t*>(std::malloc(chunk_bytes(job)));
+    if (job.chunk[unit] == nullptr) return {ExactStatus::no_memory, -1};
+  }
+  const ExactResult result = job.w.dtype == DType::f32    ? run_unit<float>(job, unit)
+                             : job.w.dtype == DType::bf16 ? run_unit<bf16>(job, unit)
+                                                          : run_unit<f16>(job, unit);
+  if (job.apply_piece != nullptr) trim_chunk(job, unit);
+  return result;
+}
+
+bool exact_widen_a(const Matrix& a, int64_t panel, float* out) {
+  bool finite = true;
+  const int64_t col0 = panel * kCols;
+  for (int64_t r = 0; r < a.rows; ++r, out += kCols) {
+    for (int64_t j = 0; j < kCols; ++j) {
+      out[j] = col0 + j < a.cols ? element(a, r, col0 + j) : 0.0f;
+      finite = finite && (float_bits(out[j]) & 0x7fffffffu) < 0x7f800000u;
+    }
+  }
+  return finite;
+}
+
+bool exact_widen_b(const Matrix& b, float scale, int64_t row, float* out) {
+  bool finite = true;
+  for (int64_t r = 0; r < b.cols; ++r) {
+    const float x = element(b, row, r);
+    out[r] = scale * x;
+    finite = finite && (float_bits(x) & 0x7fffffffu) < 0x7f800000u;
+  }
+  return finite;
+}
+
+}  // namespace LK_ISA
+}  // namespace lora_kernels

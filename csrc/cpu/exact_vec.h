@@ -1,0 +1,215 @@
+// Vectors and number formats of the exact merge, at the width of the instruction set.
+//
+// GCC's generic vectors: kN lanes of float or 32-bit integers. A `key` orders the values of a dtype
+// as integers: neighbours differ by one, -0 (key -1) lies before +0 (key 0), Inf is next to the
+// largest finite value. `Num<T>` gives, for each dtype, its bits and keys, their float32 values,
+// and a float32 rounded to nearest even. No product here or in the codec feeds a sum that could be
+// contracted, but for exact ones.
+#pragma once
+
+#include "lora_kernels/simd.h"
+
+namespace lora_kernels {
+namespace LK_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kN = 16;
+#elif defined(__AVX2__)
+constexpr int kN = 8;
+#else
+constexpr int kN = 4;
+#endif
+constexpr int kSub = 16 / kN;
+
+typedef float fv __attribute__((vector_size(4 * kN)));
+typedef int32_t iv __attribute__((vector_size(4 * kN)));
+typedef uint32_t uv __attribute__((vector_size(4 * kN)));
+typedef uint16_t hv __attribute__((vector_size(2 * kN)));
+
+template <class V, class T>
+LK_INLINE V read(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V, class T>
+LK_INLINE void write(T* p, V v) {
+  std::memcpy(static_cast<void*>(p), &v, sizeof(V));
+}
+LK_INLINE fv splat(float x) { return x - fv{}; }  // x - 0 is x, of -0 too
+LK_INLINE iv isplat(int32_t x) { return iv{} + x; }
+LK_INLINE iv pick(iv mask, iv yes, iv no) { return (yes & mask) | (no & ~mask); }
+
+// a * b + c, rounded once.
+LK_INLINE fv fused(fv a, fv b, fv c) {
+#if defined(__AVX512F__)
+  return (fv)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (fv)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  fv r;
+  for (int i = 0; i < kN; i++) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return r;
+#endif
+}
+
+LK_INLINE iv iota() {
+  alignas(64) static const int32_t kIota[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return read<iv>(kIota);
+}
+
+// Bit i is set where lane i of a comparison is.
+LK_INLINE uint32_t lanes(iv mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kN; i++) bits |= (static_cast<uint32_t>(mask[i]) >> 31) << i;
+  return bits;
+#endif
+}
+constexpr uint32_t kAllLanes = (1u << kN) - 1u;
+
+// The lanes of v where bits are set, side by side from p on; may write a whole vector.
+LK_INLINE void compress(int32_t* p, iv v, uint32_t bits) {
+#if defined(__AVX512F__)
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), (__m512i)v));
+#else
+  for (; bits != 0; bits &= bits - 1) *p++ = v[__builtin_ctz(bits)];
+#endif
+}
+
+// kN 16-bit values, as integers.
+LK_INLINE uv load_u16(const void* p) {
+  const hv h = read<hv>(static_cast<const uint16_t*>(p));
+#if defined(__AVX512F__)
+  return (uv)_mm512_cvtepu16_epi32((__m256i)h);
+#else
+  return __builtin_convertvector(h, uv);
+#endif
+}
+LK_INLINE hv narrow_u16(uv v) {
+#if defined(__AVX512F__)
+  return (hv)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+  return __builtin_convertvector(v, hv);
+#endif
+}
+
+template <class T>
+struct Num;
+
+template <>
+struct Num<float> {
+  static constexpr int32_t kInf = 0x7f800000;      // key of Inf; -kInf - 1 is that of -Inf
+  static constexpr uint32_t kTooBig = 0x7f800000;  // magnitude bits of a float32 that rounds to Inf
+  static constexpr int kKeyBits = 32;
+  static constexpr int32_t kStep = 1;  // between neighbours, in float32 bits
+  static LK_INLINE uv load(const float* p) { return read<uv>(p); }
+  static LK_INLINE void store(float* p, uv bits) { write(p, bits); }
+  static LK_INLINE fv widen(uv bits) { return (fv)bits; }
+  static LK_INLINE uv round(fv u) { return (uv)u; }
+  static LK_INLINE iv key(uv bits) { return (iv)bits ^ (((iv)bits >> 31) & 0x7fffffff); }
+  static LK_INLINE uv bits(iv key) { return (uv)(key ^ ((key >> 31) & 0x7fffffff)); }
+};
+
+template <>
+struct Num<bf16> {
+  static constexpr int32_t kInf = 0x7f80;
+  static constexpr uint32_t kTooBig = 0x7f7f8000;
+  static constexpr int kKeyBits = 16;
+  static constexpr int32_t kStep = 1 << 16;
+  static LK_INLINE uv load(const bf16* p) { return load_u16(p); }
+  static LK_INLINE void store(bf16* p, uv bits) { write(p, narrow_u16(bits)); }
+  static LK_INLINE fv widen(uv bits) { return (fv)(bits << 16); }
+  static LK_INLINE uv round(fv u) {
+    const uv b = (uv)u;
+    return (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  }
+  static LK_INLINE iv key(uv bits) {
+    const iv s = (iv)(bits << 16);
+    return (s >> 16) ^ ((s >> 31) & 0x7fff);
+  }
+  static LK_INLINE uv bits(iv key) { return (uv)((key ^ ((key >> 31) & 0x7fff)) & 0xffff); }
+};
+
+template <>
+struct Num<f16> {
+  static constexpr int32_t kInf = 0x7c00;
+  static constexpr uint32_t kTooBig = 0x477ff000;  // 65520
+  static constexpr int kKeyBits = 16;
+  static constexpr int32_t kStep = 1 << 13;
+  static LK_INLINE uv load(const f16* p) { return load_u16(p); }
+  static LK_INLINE void store(f16* p, uv bits) { write(p, narrow_u16(bits)); }
+  static LK_INLINE fv widen(uv bits) {
+    const hv h = narrow_u16(bits);
+#if defined(__AVX512F__)
+    return (fv)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__AVX2__)
+    return (fv)_mm256_cvtph_ps((__m128i)h);
+#else
+    fv r;
+    for (int i = 0; i < kN; i++) r[i] = to_float(f16{h[i]});
+    return r;
+#endif
+  }
+  static LK_INLINE uv round(fv u) {
+#if defined(__AVX512F__)
+    return (uv)_mm512_cvtepu16_epi32(
+        _mm512_cvtps_ph((__m512)u, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+    return (uv)_mm256_cvtepu16_epi32(
+        _mm256_cvtps_ph((__m256)u, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    uv r;
+    for (int i = 0; i < kN; i++) r[i] = from_float<f16>(u[i]).bits;
+    return r;
+#endif
+  }
+  static LK_INLINE iv key(uv bits) { return Num<bf16>::key(bits); }
+  static LK_INLINE uv bits(iv key) { return Num<bf16>::bits(key); }
+};
+
+template <class T>
+LK_INLINE fv value(iv key) {
+  return Num<T>::widen(Num<T>::bits(key));
+}
+template <class T>
+LK_INLINE iv round_key(fv u) {
+  return Num<T>::key(Num<T>::round(u));
+}
+
+// The merged key of the weight with key k.
+template <class T>
+LK_INLINE iv merged(iv k, fv acc) {
+  return round_key<T>(value<T>(k) + acc);
+}
+
+LK_INLINE iv magnitude(fv x) { return (iv)((uv)x & 0x7fffffffu); }
+
+// A cheap proof, lane by lane, that w is the only weight that merges to m with this update
+// (u = fl32(w + acc)). Let 2^E <= |m| and h the spacing of T there. Both neighbours of w are at
+// least h away where |w|, one step nearer to zero, is 2^E or more. Where u is nearer to m than
+// 0.4995 h (0.24975 h below a power of two, where the spacing halves), u rounds to m and a
+// neighbour's sum, h away but for two float32 roundings of at most 2^-13 h, does not. Zeros and
+// subnormals are never proved.
+template <class T>
+LK_INLINE iv surely_unique(fv w, fv m, fv, fv u) {
+  const iv wide = magnitude(w) - Num<T>::kStep >= (magnitude(m) & 0x7f800000);
+  const fv spacing = (fv)((magnitude(m) - Num<T>::kStep) & 0x7f800000);
+  return wide & ((fv)magnitude(u - m) < spacing * splat(0.4995f * 0x1p-23f * Num<T>::kStep));
+}
+// float32: u must be m, and the error of the sum w + acc, exact by Knuth's two-sum, below h / 2.
+template <>
+LK_INLINE iv surely_unique<float>(fv w, fv m, fv acc, fv u) {
+  const iv wide = magnitude(w) - 1 >= (magnitude(m) & 0x7f800000);
+  const fv spacing = (fv)((magnitude(m) - 1) & 0x7f800000);
+  const fv b = u - w;
+  const fv error = (w - (u - b)) + (acc - b);
+  return wide & (u == m) & ((fv)magnitude(error) < spacing * splat(0x1p-24f));
+}
+
+}  // namespace LK_ISA
+}  // namespace lora_kernels

@@ -1,0 +1,69 @@
+// Run-time choice of the instruction set, and the injected thread pool.
+#include <cstdlib>
+#include <cstring>
+
+#include "lora_kernels/cpu.h"
+
+namespace lora_kernels {
+namespace {
+
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
+
+Isa detect() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::portable;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) {
+    return Isa::avx2;
+  }
+#ifdef LK_HAVE_AVX512BF16  // a compiler without the level does not know its name either
+  if (__builtin_cpu_supports("avx512bf16")) return Isa::avx512bf16;
+#endif
+  return Isa::avx512;
+#else
+  return Isa::portable;
+#endif
+}
+
+// A forced instruction set above what the CPU has is cut to it: running it would crash.
+Isa choose() {
+  const char* want = std::getenv("LORA_KERNELS_CPU_ISA");
+  if (want != nullptr) {
+    for (int i = 0; i < 4; i++) {
+      if (std::strcmp(want, kNames[i]) == 0 && i < static_cast<int>(best_isa())) {
+        return static_cast<Isa>(i);
+      }
+    }
+  }
+  return best_isa();
+}
+
+void serial_for(int64_t count, int64_t, RangeFn fn, void* context) { fn(0, count, context); }
+int one_thread() { return 1; }
+
+ParallelFor g_parallel_for = serial_for;
+ThreadCount g_thread_count = one_thread;
+
+}  // namespace
+
+Isa best_isa() {
+  static const Isa best = detect();
+  return best;
+}
+
+Isa isa() {
+  static const Isa chosen = choose();
+  return chosen;
+}
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+void set_parallel_for(ParallelFor parallel_for, ThreadCount thread_count) {
+  g_parallel_for = parallel_for;
+  g_thread_count = thread_count;
+}
+ParallelFor parallel_for_hook() { return g_parallel_for; }
+int thread_count() { return g_thread_count(); }
+
+}  // namespace lora_kernels

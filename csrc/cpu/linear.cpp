@@ -1,0 +1,183 @@
+// Splits the linear jobs over threads and picks the kernels of the running instruction set.
+//
+// A region costs a few microseconds, so work below kGrainCost (in vector products, about as many
+// cycles) stays on the calling thread. Splits are by index: which thread computes an element never
+// changes how it is computed.
+#include "linear.h"
+
+#include <cstdlib>
+#include <new>
+
+#include "lora_kernels/isa.h"
+
+LK_DECLARE_FOR_ISAS(
+    void dot_kernel(const DotJob& job, int64_t m0, int64_t m1, int64_t j0, int64_t j1);
+    void base_kernel(const BaseJob& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1);
+    void add_kernel(const AddJob& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1);
+    void grad_kernel(const GradJob& job, int64_t k0, int64_t k1);
+    void transpose_kernel(void* out, int64_t out_stride, const void* b, int64_t b_stride,
+                          DType dtype, int64_t R, int64_t n0, int64_t n1);)
+
+namespace lora_kernels {
+namespace {
+
+constexpr int64_t kGrainCost = 12000;
+constexpr int64_t kDotRows = 6,
+                  kDotCols = 8;  // the dot kernel's rows, and a multiple of its columns
+constexpr int64_t kAddCols = 64, kAddRows = 6;  // one panel
+constexpr int64_t kGradCols = 48;               // one tile of every instruction set
+constexpr int64_t kBaseCols = 24;               // a multiple of most tiles' columns
+
+int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Part i of `parts` of n items in whole blocks of `size`: [begin, end).
+struct Range {
+  int64_t begin, end;
+};
+Range part(int64_t n, int64_t size, int64_t i, int64_t parts) {
+  const int64_t count = blocks(n, size);
+  return {least(n, count * i / parts * size), least(n, count * (i + 1) / parts * size)};
+}
+
+// body(i, parts) for i in [0, parts): one part a thread, or a single one for little work.
+template <class Body>
+void for_parts(int64_t cost, const Body& body) {
+  const int64_t threads = cost < 2 * kGrainCost ? 1 : thread_count();
+  const int64_t parts = threads < 1 ? 1 : least(threads, cost / kGrainCost + 1);
+  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) body(i, parts);
+  });
+}
+
+int64_t lanes(int64_t n) { return blocks(n, 16); }
+
+int64_t cost_of(const AddTask& t) { return t.M * lanes(t.N) * (t.job.update.R + t.job.base.R + 4); }
+int64_t cost_of(const GradTask& t) { return t.job.M * lanes(t.K) * (t.job.R + 2); }
+
+// Few columns: the rows are split as well, and each part packs its columns again.
+void add_part(const AddTask& t, int64_t i, int64_t parts) {
+  if (t.M <= 0 || t.N <= 0 || (t.job.accumulate && t.job.update.R + t.job.base.R <= 0)) return;
+  static const auto kernel = LK_SELECT_ISA(add_kernel);
+  int64_t by_col = least(parts, blocks(t.N, kAddCols));
+  while (parts % by_col != 0) by_col--;
+  const int64_t by_row = parts / by_col;
+  const Range m = part(t.M, kAddRows, i / by_col, by_row);
+  const Range n = part(t.N, kAddCols, i % by_col, by_col);
+  if (m.begin < m.end && n.begin < n.end) kernel(t.job, m.begin, m.end, n.begin, n.end);
+}
+
+void grad_part(const GradTask& t, int64_t i, int64_t parts) {
+  if (t.K <= 0 || t.job.R <= 0) return;
+  static const auto kernel = LK_SELECT_ISA(grad_kernel);
+  const Range k = part(t.K, kGradCols, i, parts);
+  if (k.begin < k.end) kernel(t.job, k.begin, k.end);
+}
+
+struct Scratch {
+  void* data = nullptr;
+  int64_t size = 0;
+  ~Scratch() { std::free(data); }
+};
+
+}  // namespace
+
+void* thread_scratch(int slot, int64_t bytes) {
+  thread_local Scratch scratch[4];
+  Scratch& s = scratch[slot];
+  if (s.size < bytes || s.data == nullptr) {
+    std::free(s.data);
+    s.size = 0;
+    const int64_t size = blocks(bytes + 1, 4096) * 4096;
+    s.data = std::aligned_alloc(64, static_cast<size_t>(size));
+    if (s.data == nullptr) throw std::bad_alloc();
+    s.size = size;
+  }
+  return s.data;
+}
+
+void run_dots(const DotTask* tasks, int64_t count) {
+  static const auto kernel = LK_SELECT_ISA(dot_kernel);
+  int64_t units = 0, cost = 0;
+  for (int64_t t = 0; t < count; t++) {
+    units += blocks(tasks[t].M, kDotRows) * blocks(tasks[t].R, kDotCols);
+    cost += tasks[t].M * tasks[t].R * lanes(tasks[t].job.K);
+  }
+  for_parts(cost, [&](int64_t i, int64_t parts) {
+    const int64_t begin = units * i / parts, end = units * (i + 1) / parts;
+    int64_t first = 0;
+    for (int64_t t = 0; t < count && first < end; t++) {
+      const DotTask& task = tasks[t];
+      const int64_t cols = blocks(task.R, kDotCols), all = blocks(task.M, kDotRows) * cols;
+      const int64_t u1 = least(all, end - first);
+      for (int64_t u = begin > first ? begin - first : 0; u < u1;) {
+        // The rest of this block of rows, as one call.
+        const int64_t row = u / cols, stop = least(u1, (row + 1) * cols);
+        kernel(task.job, row * kDotRows, least(task.M, (row + 1) * kDotRows), u % cols * kDotCols,
+               least(task.R, (stop - row * cols) * kDotCols));
+        u = stop;
+      }
+      first += all;
+    }
+  });
+}
+
+void run_dots_with_dropout(const DotTask& task, uint8_t* mask, uint64_t seed, uint32_t threshold) {
+  static const auto kernel = LK_SELECT_ISA(dot_kernel);
+  const int64_t cost = task.M * lanes(task.job.K) * (task.R + 24);
+  for_parts(cost, [&](int64_t i, int64_t parts) {
+    const Range m = part(task.M, 2, i, parts);
+    for (int64_t row = m.begin; row < m.end; row += kDotRows) {
+      const int64_t end = least(m.end, row + kDotRows);
+      dropout_mask(mask, task.M, task.job.K, seed, threshold, row, end);
+      kernel(task.job, row, end, 0, task.R);
+    }
+  });
+}
+
+void run_base(const BaseJob& job, int64_t M, const int64_t* starts, int64_t slices) {
+  static const auto kernel = LK_SELECT_ISA(base_kernel);
+  const int64_t N = starts[slices];
+  const int64_t cost = M * N * (lanes(job.K) + 2);
+  if (cost == 0) return;
+  for_parts(cost, [&](int64_t i, int64_t parts) {
+    int64_t by_col = least(parts, blocks(N, kBaseCols));
+    while (parts % by_col != 0) by_col--;
+    const int64_t by_row = parts / by_col;
+    const Range m = part(M, 8, i / by_col, by_row);
+    const Range n = part(N, kBaseCols, i % by_col, by_col);
+    for (int64_t s = 0; s < slices; s++) {
+      const int64_t n0 = n.begin > starts[s] ? n.begin : starts[s];
+      const int64_t n1 = least(n.end, starts[s + 1]);
+      if (n0 >= n1) continue;
+      BaseJob slice = job;
+      if (slice.updates != nullptr) slice.updates += s * M;
+      kernel(slice, m.begin, m.end, n0, n1);
+    }
+  });
+}
+
+void run_adds(const AddTask* tasks, int64_t count) { run_adds_and_grads(tasks, count, nullptr, 0); }
+
+void run_adds_and_grads(const AddTask* adds, int64_t num_adds, const GradTask* grads,
+                        int64_t num_grads) {
+  int64_t cost = 0;
+  for (int64_t t = 0; t < num_adds; t++) cost += cost_of(adds[t]);
+  for (int64_t t = 0; t < num_grads; t++) cost += cost_of(grads[t]);
+  if (cost <= 0 && num_adds + num_grads == 0) return;
+  for_parts(cost, [&](int64_t i, int64_t parts) {
+    for (int64_t t = 0; t < num_adds; t++) add_part(adds[t], i, parts);
+    for (int64_t t = 0; t < num_grads; t++) grad_part(grads[t], i, parts);
+  });
+}
+
+void run_transpose(void* out, int64_t out_stride, const void* b, int64_t b_stride, DType dtype,
+                   int64_t N, int64_t R) {
+  static const auto kernel = LK_SELECT_ISA(transpose_kernel);
+  for_parts(R * lanes(N) * 4, [&](int64_t i, int64_t parts) {
+    const Range n = part(N, 16, i, parts);
+    if (n.begin < n.end && R > 0) kernel(out, out_stride, b, b_stride, dtype, R, n.begin, n.end);
+  });
+}
+
+}  // namespace lora_kernels

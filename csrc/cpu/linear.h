@@ -1,0 +1,45 @@
+// Linear-layer products over torch's threads: each call splits one or more jobs by index alone.
+// Empty shapes are legal everywhere.
+#pragma once
+
+#include "linear_jobs.h"
+
+namespace lora_kernels {
+
+struct DotTask {
+  DotJob job;
+  int64_t M, R;
+};
+
+// All products in one parallel region.
+void run_dots(const DotTask* tasks, int64_t count);
+
+// Draws the dropout bits of the rows, then their products; one region. `mask` is job.mask, written.
+void run_dots_with_dropout(const DotTask& task, uint8_t* mask, uint64_t seed, uint32_t threshold);
+
+// y = x w^T with the updates inside. Slice s owns the columns [starts[s], starts[s + 1]) and the
+// updates [s * M, (s + 1) * M) of job.updates; its b rows count from the first column of y.
+void run_base(const BaseJob& job, int64_t M, const int64_t* starts, int64_t slices);
+
+struct AddTask {
+  AddJob job;
+  int64_t M, N;
+};
+
+// Tasks must not share elements of y. One region; threads take ranges of columns.
+void run_adds(const AddTask* tasks, int64_t count);
+
+struct GradTask {
+  GradJob job;
+  int64_t K;
+};
+
+// The adds and the gradients are independent of one another; one region for all.
+void run_adds_and_grads(const AddTask* adds, int64_t num_adds, const GradTask* grads,
+                        int64_t num_grads);
+
+// out (R, N) <- b (N, R).
+void run_transpose(void* out, int64_t out_stride, const void* b, int64_t b_stride, DType dtype,
+                   int64_t N, int64_t R);
+
+}  // namespace lora_kernels

@@ -1,0 +1,33 @@
+// Which way a base product runs on the CPU, and a record of what ran.
+//
+//   stream   our own kernel: W is read once, the update joins in registers, one rounding
+//   panel    our own kernel over packed panels of W: dy W, a W stored by columns, and shapes where
+//            it beats the vendor; update, mask and bias in the same pass, one rounding
+//   vendor   torch's GEMM (MKL, oneDNN), then the update added in place
+//   add      no base product: lora_add_, shrink, expand
+//
+// The choice depends on shapes, dtype and machine alone, never on the adapters: a row without an
+// adapter has the same bits whether or not its neighbours have one.
+#pragma once
+
+#include <atomic>
+
+#include "lora_kernels/cpu.h"
+
+namespace lora_kernels {
+
+enum class Path : int { stream = 0, panel = 1, vendor = 2, add = 3 };
+constexpr int kNumPaths = 4;
+const char* path_name(Path path);
+
+// y = x W^T with M rows of x, or dx = dy W (`backward`), N and K the rows and columns of W.
+// `by_columns`: W is stored by columns (stride(0) == 1). `invariant`: the bits of a row must not
+// depend on M.
+Path choose_path(int64_t M, int64_t N, int64_t K, DType dtype, Isa isa, bool backward,
+                 bool by_columns, bool invariant);
+
+void record_path(Path path);
+Path last_path();
+int64_t path_count(Path path);
+
+}  // namespace lora_kernels

@@ -1,0 +1,33 @@
+// Merge family: W += sum over terms of scale * B A, in place, one pass over W. Plain C++ interface.
+#pragma once
+
+#include <cstdint>
+
+#include "lora_kernels/cpu.h"
+
+namespace lora_kernels {
+
+// Element (i, j) is at data + i * row_stride + j * col_stride, counted in elements.
+struct Matrix {
+  void* data;
+  DType dtype;
+  int64_t rows, cols, row_stride, col_stride;
+};
+
+// One low-rank update scale * b a: a is (R, K), b is (N, R), R >= 1. Only read.
+struct LowRank {
+  Matrix a, b;
+  float scale;
+};
+
+constexpr int kMaxTerms = 2;
+
+// w (N, K), any strides, no two elements at one address. Accumulated in float32 over the terms'
+// ranks in ascending order and rounded once, to nearest even; the same bits on any thread count.
+void merge(const Matrix& w, const LowRank* terms, int num_terms);
+
+// Whether merge(w, term) would leave only finite elements in w; w is only read. False when w, a, b
+// or the scale holds an Inf or NaN.
+bool merge_is_finite(const Matrix& w, const LowRank& term);
+
+}  // namespace lora_kernels
