@@ -1,0 +1,71 @@
+"""Loads the compiled op libraries, and remembers why one is missing. Importing never touches a GPU.
+
+`load()` runs once, after ops/library.py has defined the schemas. The CUDA library waits until somebody asks for
+it (`load_cuda()`), because asking torch whether there is a GPU is not free.
+"""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_FOLDER = Path(__file__).resolve().parent
+
+cpu_available = False
+cpu_reason = "not loaded yet"
+cuda_available = False
+cuda_reason = "not asked for yet"
+module: ModuleType | None = None  # lora_kernels._C
+module_reason = "not loaded yet"
+
+_loaded = False
+_cuda_tried = False
+
+
+def load() -> bool:
+    """Loads _C and the CPU ops where they were built; true when the CPU ops can be called."""
+    global _loaded, cpu_available, cpu_reason, module, module_reason
+    if _loaded:
+        return cpu_available
+    _loaded = True
+    try:
+        module = importlib.import_module("lora_kernels._C")
+        module_reason = "loaded"
+    except ImportError as error:
+        module_reason = f"_C cannot be imported: {error}"
+    cpu_available, cpu_reason = _load_library("_ops_cpu.so")
+    return cpu_available
+
+
+def cuda_problem() -> str | None:
+    """Why the CUDA ops cannot be loaded here; None when they can. Loads nothing."""
+    if not (_FOLDER / "_ops_cuda.so").is_file():
+        return "not built (no nvcc at build time)"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA support"
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def load_cuda() -> bool:
+    """Loads the CUDA ops where they were built and there is a device; true when they can be called. From then on
+    torch's dispatcher prefers them for CUDA tensors."""
+    global _cuda_tried, cuda_available, cuda_reason
+    if _cuda_tried:
+        return cuda_available
+    _cuda_tried = True
+    load()
+    problem = cuda_problem()
+    cuda_available, cuda_reason = (False, problem) if problem else _load_library("_ops_cuda.so")
+    return cuda_available
+
+
+def _load_library(name: str) -> tuple[bool, str]:
+    path = _FOLDER / name
+    if not path.is_file():
+        return False, "not built (`python -m lora_kernels env` says why)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return False, f"{name} cannot be loaded under torch {torch.__version__}: {error}"
+    return True, "loaded"

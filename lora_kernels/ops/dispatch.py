@@ -1,0 +1,121 @@
+"""Which backend runs an op, and why.
+
+``auto`` leaves the choice to torch's dispatcher: the native kernel of the tensor's device where one is
+registered, the reference otherwise. A backend that is named is the one that runs, or the call raises.
+The choice is a plain module global, not a ContextVar: it must not break ``torch.compile(fullgraph=True)``.
+"""
+
+import contextlib
+import functools
+import os
+
+from .. import _native
+from . import library
+from .exact.reference import KERNELS as _exact_kernels
+from .linear.reference import KERNELS as _linear_kernels
+from .merge.reference import KERNELS as _merge_kernels
+from .multi.reference import KERNELS as _multi_kernels
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+reference_calls = {}
+
+
+def _counted(name, kernel):
+    @functools.wraps(kernel)
+    def counting(*args):
+        reference_calls[name] = reference_calls.get(name, 0) + 1
+        return kernel(*args)
+
+    return counting
+
+
+_kernels = {**_linear_kernels, **_multi_kernels, **_merge_kernels, **_exact_kernels}
+REFERENCE = {name: _counted(name, kernel) for name, kernel in _kernels.items()}
+HANDLES = {name: library.op(name) for name in library.SCHEMAS}
+# CUDA kernels that no GPU has run yet: they run when asked for by name, never under ``auto``.
+UNPROVEN_ON_CUDA = frozenset({"merge_"})
+library.register_reference(REFERENCE)
+_native.load()
+
+forced = None
+batch_invariant = False
+# Native CPU kernels refuse bad arguments themselves; before any other the arguments are checked in Python.
+check_first = True
+
+
+def unavailable(backend):
+    """Why a backend can not run here; None when it can."""
+    if backend in ("auto", "reference"):
+        return None
+    if backend == "cpu":
+        return None if _native.cpu_available else _native.cpu_reason
+    if backend == "cuda":
+        return _native.cuda_problem()
+    return "this version has no Triton kernels"
+
+
+def _named(backend, origin):
+    if backend not in BACKENDS:
+        raise ValueError(f"{origin}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    reason = unavailable(backend)
+    if reason is not None:
+        raise RuntimeError(f"{origin}: backend {backend!r} can not run here: {reason}")
+    if backend == "cuda" and not _native.load_cuda():
+        raise RuntimeError(f"{origin}: backend {backend!r} can not run here: {_native.cuda_reason}")
+    return None if backend == "auto" else backend
+
+
+@contextlib.contextmanager
+def use_backend(backend="auto", *, batch_invariant=None):
+    """Runs every op in the block on one backend.
+
+    Args:
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``. A named backend never
+            falls back: an op that it can not run raises ``RuntimeError`` with the reason.
+        batch_invariant: when True, the bits of a row do not depend on which or how many other rows share
+            the batch. Slower for large batches. None keeps the present setting.
+
+    The setting holds for the process, not for the thread.
+    """
+    before = _set(_named(backend, "use_backend"), batch_invariant)
+    try:
+        yield
+    finally:
+        _set(*before)
+
+
+def _set(backend, invariant):
+    """Makes the setting; returns the one before."""
+    global forced, batch_invariant, check_first
+    before = forced, batch_invariant
+    forced = backend
+    batch_invariant = batch_invariant if invariant is None else bool(invariant)
+    check_first = forced is not None or not library.has_kernel("lora_linear", "cpu")
+    return before
+
+
+def select(name, tensor):
+    """The callable that runs op ``name`` for ``tensor`` under the present setting."""
+    if forced is not None:
+        return pick(name, tensor)
+    if tensor.is_cuda and name in UNPROVEN_ON_CUDA:
+        return REFERENCE[name]
+    return HANDLES[name]
+
+
+def pick(name, tensor):
+    """The callable of the forced backend (``forced`` is not None); it never falls back."""
+    if forced == "reference":
+        return REFERENCE[name]
+    device = "cpu" if forced == "cpu" else "cuda"
+    if tensor.device.type != device:
+        raise RuntimeError(f"{name}: backend {forced!r} runs on {device} tensors, got one on {tensor.device}")
+    if not library.has_kernel(name, device):
+        raise RuntimeError(f"{name}: backend {forced!r} has no kernel for this op")
+    return HANDLES[name]
+
+
+_set(
+    _named(os.environ.get("LORA_KERNELS_BACKEND", "auto"), "LORA_KERNELS_BACKEND"),
+    os.environ.get("LORA_KERNELS_BATCH_INVARIANT", "0") == "1",
+)

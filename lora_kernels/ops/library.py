@@ -1,0 +1,251 @@
+"""Schema and shape rule (fake) of every op: the first file to read.
+
+The ops are raw: 2-D ``x``, 0-d float32 ``scaling``, no gradients, no broadcasting. The public functions in
+``ops/*/api.py`` add those. Each op has a reference kernel for every device (registered here, as
+CompositeExplicitAutograd) and, where the native library is built, a C++ kernel for CPU tensors that the
+dispatcher prefers. Boundary: ``define`` + ``register_fake`` + one kernel per device, with autograd outside.
+
+Letters: M tokens, K in_features, N out_features, R rank, S slices of a stacked projection.
+
+    x (M, K)   weight (N, K)   bias (N)   lora_a (R, K) or (S, R, K)   lora_b (N, R)
+    h (M, R) or (M, S*R) float32          mask uint8 (M, ceil(K / 8)), one bit an element, (0,) without dropout
+    body uint8: what an exact merge keeps (docs/residual_format.md); its status int64 (2): code, block
+    row_order int32 (>= M), segment_starts int32 (num_slots + 2): rows sorted by slot, base-only rows first
+"""
+
+import functools
+
+import torch
+
+_LINEAR = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scaling, "
+    "int[]? out_splits, bool batch_invariant"
+)
+_PLAN = "Tensor row_order, Tensor segment_starts"
+
+SCHEMAS = {
+    "lora_linear": f"({_LINEAR}) -> Tensor",
+    "lora_linear_out": f"(Tensor(a!) out, {_LINEAR}) -> ()",
+    "lora_linear_train": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scaling, float dropout_p, "
+        "Tensor? dropout_seed, int[]? out_splits, bool batch_invariant) -> (Tensor, Tensor, Tensor)"
+    ),
+    "lora_linear_backward": (
+        "(Tensor dy, Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor h, Tensor mask, "
+        "float dropout_p, int[]? out_splits, bool need_x, bool need_a, bool need_b, bool batch_invariant) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+    "lora_add_": ("(Tensor(a!) y, Tensor x, Tensor lora_a, Tensor lora_b, Tensor scaling, bool batch_invariant) -> ()"),
+    "lora_add_train_": (
+        "(Tensor(a!) y, Tensor x, Tensor lora_a, Tensor lora_b, Tensor scaling, float dropout_p, "
+        "Tensor? dropout_seed, bool batch_invariant) -> (Tensor, Tensor)"
+    ),
+    "multi_lora_linear": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor a_bank, Tensor b_bank, Tensor slot_scalings, "
+        f"Tensor? slot_ranks, {_PLAN}, int[]? out_splits, bool batch_invariant) -> Tensor"
+    ),
+    "multi_lora_linear_list": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_a, Tensor[] lora_b, Tensor slot_scalings, "
+        f"{_PLAN}, int[]? out_splits, bool batch_invariant) -> Tensor"
+    ),
+    "multi_lora_backward": (
+        "(Tensor dy, Tensor x, Tensor? weight, Tensor[] lora_a, Tensor[] lora_b, Tensor slot_scalings, "
+        f"{_PLAN}, int[]? out_splits, Tensor(a!)[] da, Tensor(b!)[] db, bool need_x) -> Tensor"
+    ),
+    "lora_shrink": f"(Tensor x, Tensor a_bank, Tensor? slot_ranks, {_PLAN}, bool batch_invariant) -> Tensor",
+    "lora_expand_": (
+        "(Tensor(a!) y, Tensor h, Tensor b_bank, Tensor slot_scalings, Tensor? slot_ranks, "
+        f"{_PLAN}, int[]? out_splits, bool batch_invariant) -> ()"
+    ),
+    "merge_": "(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, Tensor scaling, float sign) -> ()",
+    "merge_is_finite": "(Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scaling, float sign) -> Tensor",
+    "switch_": (
+        "(Tensor(a!) weight, Tensor old_a, Tensor old_b, Tensor old_scaling, "
+        "Tensor new_a, Tensor new_b, Tensor new_scaling) -> ()"
+    ),
+    "merge_exact_": "(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, Tensor scaling) -> (Tensor, Tensor)",
+    "unmerge_exact_": "(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor body) -> Tensor",
+    "switch_exact_": (
+        "(Tensor(a!) weight, Tensor old_a, Tensor old_b, Tensor old_scaling, "
+        "Tensor new_a, Tensor new_b, Tensor new_scaling, Tensor body) -> (Tensor, Tensor)"
+    ),
+    "dropout_mask": "(Tensor seed, int num_rows, int num_cols, float p) -> Tensor",
+}
+
+NAMESPACE = "lora_kernels"
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def op(name):
+    """The overload of an op: what the public functions call."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def register_reference(kernels):
+    """Registers ``{name: function}`` as the kernels that every device falls back to."""
+    for name, kernel in kernels.items():
+        _library.impl(name, kernel, "CompositeExplicitAutograd")
+
+
+def has_kernel(name, device_type):
+    """Whether a native kernel of the op is registered for ``"cpu"`` or ``"cuda"`` tensors."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device_type.upper())
+
+
+def _fake(name):
+    """Registers a shape rule. torch also takes it for a real call with one meta tensor among the arguments."""
+
+    def register(function):
+        @functools.wraps(function)
+        def on_one_device(*args):
+            devices = {arg.device for arg in args if isinstance(arg, torch.Tensor)}
+            if len(devices) > 1:
+                raise RuntimeError(f"{name}: expected all tensors on one device, got {sorted(map(str, devices))}")
+            return function(*args)
+
+        torch.library.register_fake(f"{NAMESPACE}::{name}", on_one_device, lib=_library)
+
+    return register
+
+
+def _mask_shape(x, dropout_p):
+    return (x.shape[0], (x.shape[1] + 7) // 8) if dropout_p else (0,)
+
+
+def _h_shape(x, lora_a):
+    return (x.shape[0], lora_a.shape[0] * lora_a.shape[1] if lora_a.dim() == 3 else lora_a.shape[0])
+
+
+@_fake("lora_linear")
+def _(x, weight, bias, lora_a, lora_b, scaling, out_splits, batch_invariant):
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@_fake("lora_linear_out")
+def _(out, x, weight, bias, lora_a, lora_b, scaling, out_splits, batch_invariant):
+    return None
+
+
+@_fake("lora_linear_train")
+def _(x, weight, bias, lora_a, lora_b, scaling, dropout_p, dropout_seed, out_splits, batch_invariant):
+    return (
+        x.new_empty((x.shape[0], weight.shape[0])),
+        x.new_empty(_h_shape(x, lora_a), dtype=torch.float32),
+        x.new_empty(_mask_shape(x, dropout_p), dtype=torch.uint8),
+    )
+
+
+@_fake("lora_linear_backward")
+def _(
+    dy,
+    x,
+    weight,
+    lora_a,
+    lora_b,
+    scaling,
+    h,
+    mask,
+    dropout_p,
+    out_splits,
+    need_x,
+    need_a,
+    need_b,
+    batch_invariant,
+):
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        lora_a.new_empty(lora_a.shape if need_a else (0,)),
+        lora_b.new_empty(lora_b.shape if need_b else (0,)),
+    )
+
+
+@_fake("lora_add_")
+def _(y, x, lora_a, lora_b, scaling, batch_invariant):
+    return None
+
+
+@_fake("lora_add_train_")
+def _(y, x, lora_a, lora_b, scaling, dropout_p, dropout_seed, batch_invariant):
+    return (
+        x.new_empty(_h_shape(x, lora_a), dtype=torch.float32),
+        x.new_empty(_mask_shape(x, dropout_p), dtype=torch.uint8),
+    )
+
+
+@_fake("multi_lora_linear")
+def _(
+    x,
+    weight,
+    bias,
+    a_bank,
+    b_bank,
+    slot_scalings,
+    slot_ranks,
+    row_order,
+    segment_starts,
+    out_splits,
+    invariant,
+):
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@_fake("multi_lora_linear_list")
+def _(x, weight, bias, lora_a, lora_b, slot_scalings, row_order, segment_starts, out_splits, batch_invariant):
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@_fake("multi_lora_backward")
+def _(dy, x, weight, lora_a, lora_b, slot_scalings, row_order, segment_starts, out_splits, da, db, need_x):
+    return x.new_empty(x.shape if need_x else (0,))
+
+
+@_fake("lora_shrink")
+def _(x, a_bank, slot_ranks, row_order, segment_starts, batch_invariant):
+    return x.new_empty((x.shape[0], *a_bank.shape[1:-1]), dtype=torch.float32)
+
+
+@_fake("lora_expand_")
+def _(y, h, b_bank, slot_scalings, slot_ranks, row_order, segment_starts, out_splits, batch_invariant):
+    return None
+
+
+@_fake("merge_")
+def _(weight, lora_a, lora_b, scaling, sign):
+    return None
+
+
+@_fake("merge_is_finite")
+def _(weight, lora_a, lora_b, scaling, sign):
+    return weight.new_empty((), dtype=torch.bool)
+
+
+@_fake("switch_")
+def _(weight, old_a, old_b, old_scaling, new_a, new_b, new_scaling):
+    return None
+
+
+def _body(weight):
+    size = torch.library.get_ctx().new_dynamic_size()
+    return weight.new_empty((size,), dtype=torch.uint8)
+
+
+@_fake("merge_exact_")
+def _(weight, lora_a, lora_b, scaling):
+    return _body(weight), weight.new_empty((2,), dtype=torch.int64)
+
+
+@_fake("unmerge_exact_")
+def _(weight, lora_a, lora_b, scaling, body):
+    return weight.new_empty((2,), dtype=torch.int64)
+
+
+@_fake("switch_exact_")
+def _(weight, old_a, old_b, old_scaling, new_a, new_b, new_scaling, body):
+    return _body(weight), weight.new_empty((2,), dtype=torch.int64)
+
+
+@_fake("dropout_mask")
+def _(seed, num_rows, num_cols, p):
+    return seed.new_empty((num_rows, (num_cols + 7) // 8), dtype=torch.uint8)

@@ -1,0 +1,180 @@
+"""``lora_linear`` and ``lora_add_``: what users call.
+
+Checks and reshapes once, then one op; gradients by ``torch.autograd.Function`` outside the op.
+"""
+
+import torch
+
+from .. import checks, dispatch, library
+from ..scalars import is_scaling, scaling_tensor, seed_tensor
+from .autograd import LoraAdd, LoraLinear
+
+_linear = library.op("lora_linear")
+
+
+def autocast_dtype(device_type):
+    """What autocast casts a linear layer's tensors to; None where it is off."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def lora_linear(
+    x,
+    weight,
+    bias,
+    lora_a,
+    lora_b,
+    scaling,
+    *,
+    dropout_p=0.0,
+    dropout_seed=None,
+    out_splits=None,
+    out=None,
+):
+    """``x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ`` in one op (LoRA, Hu et al. 2021, arXiv:2106.09685).
+
+    Differentiable in ``x``, ``weight``, ``bias``, ``lora_a`` and ``lora_b``; not twice. Under autocast ``x``,
+    ``weight`` and ``bias`` are cast as ``torch.nn.functional.linear`` casts them.
+
+    Args:
+        x: (…, in_features); float32, float16 or bfloat16.
+        weight: (out_features, in_features), dtype of ``x``.
+        bias: (out_features) or None, dtype of ``x``.
+        lora_a: (rank, in_features), dtype of ``x`` or float32; (slices, rank, in_features) with ``out_splits``.
+        lora_b: (out_features, rank), dtype of ``x`` or float32.
+        scaling: float, or 0-d tensor (no recompile per value, changeable inside a CUDA graph).
+        dropout_p: probability of dropping an element of ``x`` on the LoRA path, 0 <= p < 1.
+        dropout_seed: 0-d int64 tensor; None draws one from torch's generator.
+        out_splits: widths of the slices of a stacked projection (Q, K, V); they add up to out_features.
+        out: (…, out_features) tensor to write into; no gradients.
+
+    Returns:
+        (…, out_features), dtype of ``x``.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device; the message names it.
+    """
+    try:
+        x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        device_type = x.device.type
+        dtype = autocast_dtype(device_type)
+        if dtype is not None:
+            x2, weight = x2.to(dtype), weight.to(dtype)
+            bias = bias if bias is None else bias.to(dtype)
+        grad = torch.is_grad_enabled() and (
+            x2.requires_grad
+            or weight.requires_grad
+            or lora_a.requires_grad
+            or lora_b.requires_grad
+            or (bias is not None and bias.requires_grad)
+        )
+        if dispatch.check_first or device_type != "cpu" or torch.compiler.is_compiling():
+            checks.linear(x2, weight, bias, lora_a, lora_b, out_splits)
+        if scaling.__class__ is not torch.Tensor or not is_scaling(scaling, x2):
+            scaling = scaling_tensor(scaling, x2)
+        if out is not None:
+            return _write(out, x, x2, weight, bias, lora_a, lora_b, scaling, dropout_p, out_splits, grad)
+        if grad or dropout_p != 0.0:
+            checks.dropout(dropout_p)
+            seed = seed_tensor(dropout_seed, x2) if dropout_p else None
+            y = LoraLinear.apply(x2, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, out_splits)
+        else:
+            op = _linear if dispatch.forced is None else dispatch.pick("lora_linear", x2)
+            y = op(x2, weight, bias, lora_a, lora_b, scaling, out_splits, dispatch.batch_invariant)
+    except (RuntimeError, AttributeError, IndexError):
+        _explain_refusal(x, weight, bias, lora_a, lora_b, out_splits)
+        raise
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _explain_refusal(x, weight, bias, lora_a, lora_b, out_splits):
+    """After a kernel refused its input: the error that names the argument, if an argument is to blame."""
+    for name, value in (("x", x), ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+        checks.tensor(name, value)
+    base = (x, weight, bias)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
+        base = [value if value is None else value.to(dtype) for value in base]
+    checks.linear(*base, lora_a, lora_b, out_splits)
+
+
+def _write(out, x, x2, weight, bias, lora_a, lora_b, scaling, dropout_p, out_splits, grad):
+    checks.out(out, x.to(x2.dtype), weight)
+    checks.in_place("out", out, x=x2, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
+    if grad or dropout_p:
+        raise ValueError("out: can not be combined with gradients or dropout; call under torch.no_grad()")
+    rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
+    op = dispatch.select("lora_linear_out", x2)
+    op(rows, x2, weight, bias, lora_a, lora_b, scaling, out_splits, dispatch.batch_invariant)
+    mark_written(out)
+    return out
+
+
+def mark_written(tensor):
+    """Bumps the version counter, which an op marked ``Tensor(a!)`` does not do by itself."""
+    if not torch.compiler.is_compiling() and not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
+def lora_add_(y, x, lora_a, lora_b, scaling, *, dropout_p=0.0, dropout_seed=None):
+    """``y += scaling · (dropout(x) Aᵀ) Bᵀ`` in place, for any base product: quantised, sharded, a module's own.
+
+    Differentiable in ``y``, ``x``, ``lora_a`` and ``lora_b``; not twice.
+
+    Args:
+        y: (…, out_features), float32, float16 or bfloat16; the dtype of ``x`` or float32. Written.
+        x: (…, in_features).
+        lora_a, lora_b, scaling, dropout_p, dropout_seed: as in :func:`lora_linear`.
+
+    Returns:
+        ``y``.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device; the message names it.
+    """
+    _check_add(y, x, lora_a, lora_b)
+    checks.dropout(dropout_p)
+    scaling = scaling_tensor(scaling, x)
+    rows = _as_rows(y)
+    if rows is None:
+        contiguous = y.clone(memory_format=torch.contiguous_format)
+        return y.copy_(
+            lora_add_(contiguous, x, lora_a, lora_b, scaling, dropout_p=dropout_p, dropout_seed=dropout_seed)
+        )
+    if dropout_p or (
+        torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or lora_a.requires_grad or lora_b.requires_grad)
+    ):
+        seed = seed_tensor(dropout_seed, x) if dropout_p else None
+        return LoraAdd.apply(y, x, lora_a, lora_b, scaling, dropout_p, seed)
+    op = dispatch.select("lora_add_", x)
+    op(rows, x.reshape(-1, x.shape[-1]), lora_a, lora_b, scaling, dispatch.batch_invariant)
+    mark_written(y)
+    return y
+
+
+def _as_rows(y):
+    """``y`` as a 2-D tensor over the same memory with unit column stride, or None where there is no such view."""
+    if y.shape[-1] > 1 and y.stride(-1) != 1:
+        return None
+    if y.dim() == 2:
+        return y
+    try:
+        return y.view(-1, y.shape[-1])
+    except RuntimeError:
+        return None
+
+
+def _check_add(y, x, lora_a, lora_b):
+    checks.tensor("y", y)
+    checks.tensor("x", x)
+    if x.dim() == 0 or y.dim() == 0:
+        raise ValueError("x, y: expected at least one dimension, got a 0-d tensor")
+    checks.floating("x", x)
+    if y.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"y: expected {x.dtype} (the dtype of x) or torch.float32, got {y.dtype}")
+    if y.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"y: expected leading dimensions {tuple(x.shape[:-1])} (those of x), got {tuple(y.shape)}")
+    checks.adapter(lora_a, lora_b, x.shape[-1], y.shape[-1], x.dtype, x)
+    checks.same_device(x, y=y)
+    checks.in_place("y", y, x=x, lora_a=lora_a, lora_b=lora_b)

@@ -1,0 +1,71 @@
+"""Gradients of ``lora_linear`` and ``lora_add_``: one op forward, one op backward.
+
+Saved for backward: x, h (M, R) and one bit an element of dropout; neither dropout(x) nor x Aᵀ at full width.
+"""
+
+import torch
+
+from .. import dispatch
+
+
+def refuse_double_backward(name):
+    """``create_graph=True`` would silently give a wrong second derivative."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{name}: double backward (create_graph=True) is not supported")
+
+
+class LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, out_splits):
+        op = dispatch.select("lora_linear_train", x)
+        invariant = dispatch.batch_invariant
+        y, h, mask = op(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, out_splits, invariant)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, scaling, h, mask)
+        ctx.dropout_p, ctx.out_splits, ctx.invariant = dropout_p, out_splits, invariant
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        refuse_double_backward("lora_linear")
+        x, weight, lora_a, lora_b, scaling, h, mask = ctx.saved_tensors
+        need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        dx = da = db = None
+        if need_x or need_a or need_b:
+            op = dispatch.select("lora_linear_backward", x)
+            dx, da, db = op(
+                dy.contiguous(), x, weight, lora_a, lora_b, scaling, h, mask,
+                ctx.dropout_p, ctx.out_splits, need_x, need_a, need_b, ctx.invariant,
+            )  # fmt: skip
+        dw = dy.t() @ x if need_w else None
+        dbias = dy.sum(0) if need_bias else None
+        grads = (dx if need_x else None, dw, dbias, da if need_a else None, db if need_b else None)
+        return (*grads, None, None, None, None)
+
+
+class LoraAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, x, lora_a, lora_b, scaling, dropout_p, seed):
+        op = dispatch.select("lora_add_train_", x)
+        ctx.invariant = dispatch.batch_invariant
+        x2 = x.reshape(-1, x.shape[-1])
+        h, mask = op(y.view(-1, y.shape[-1]), x2, lora_a, lora_b, scaling, dropout_p, seed, ctx.invariant)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x2, lora_a, lora_b, scaling, h, mask)
+        ctx.x_shape = x.shape
+        ctx.dropout_p = dropout_p
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        refuse_double_backward("lora_add_")
+        x, lora_a, lora_b, scaling, h, mask = ctx.saved_tensors
+        need_y, need_x, need_a, need_b = ctx.needs_input_grad[:4]
+        dx = da = db = None
+        if need_x or need_a or need_b:
+            op = dispatch.select("lora_linear_backward", x)
+            dx, da, db = op(
+                dy.reshape(-1, dy.shape[-1]).to(x.dtype).contiguous(), x, None, lora_a, lora_b, scaling, h, mask,
+                ctx.dropout_p, None, need_x, need_a, need_b, ctx.invariant,
+            )  # fmt: skip
+        dx = dx.view(ctx.x_shape) if need_x else None
+        return dy if need_y else None, dx, da if need_a else None, db if need_b else None, None, None, None

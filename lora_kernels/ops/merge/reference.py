@@ -1,0 +1,45 @@
+"""``merge_`` and ``switch_`` in plain torch: W ← W + sign · s · B A, a block of rows at a time.
+
+Accumulated in float32 and rounded once to the weight's dtype. Signatures are the ops' own.
+"""
+
+import torch
+
+_ROWS = 256
+
+
+def _merged(weight, terms, rows):
+    """Float32 rows of W + Σ scale · B A."""
+    block = weight[rows].float()
+    for lora_a, lora_b, scale in terms:
+        block = block + (lora_b[rows].float() @ lora_a.float()) * scale
+    return block
+
+
+def _row_blocks(weight):
+    return [slice(i, i + _ROWS) for i in range(0, weight.shape[0], _ROWS)]
+
+
+def merge_(weight, lora_a, lora_b, scaling, sign):
+    with torch.no_grad():
+        for rows in _row_blocks(weight):
+            weight[rows] = _merged(weight, [(lora_a, lora_b, sign * scaling)], rows).to(weight.dtype)
+
+
+def merge_is_finite(weight, lora_a, lora_b, scaling, sign):
+    with torch.no_grad():
+        finite = torch.ones((), dtype=torch.bool, device=weight.device)
+        for rows in _row_blocks(weight):
+            merged = _merged(weight, [(lora_a, lora_b, sign * scaling)], rows).to(weight.dtype)
+            finite &= torch.isfinite(merged).all()
+        return finite
+
+
+def switch_(weight, old_a, old_b, old_scaling, new_a, new_b, new_scaling):
+    with torch.no_grad():
+        terms = [(old_a, old_b, -old_scaling), (new_a, new_b, new_scaling)]
+        for rows in _row_blocks(weight):
+            weight[rows] = _merged(weight, terms, rows).to(weight.dtype)
+
+
+KERNELS = {"merge_": merge_, "merge_is_finite": merge_is_finite, "switch_": switch_}

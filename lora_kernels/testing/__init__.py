@@ -1,0 +1,19 @@
+"""What a backend is tested with: inputs, a float64 oracle and an error budget. Shipped, so others can use it."""
+
+from .budget import BudgetError, assert_within_budget, error_ratio
+from .inputs import LinearCase, MultiCase, make_linear, make_multi
+from .oracle import eager_lora_linear, exact_lora_linear, exact_merge, exact_multi_lora_linear
+
+__all__ = [
+    "BudgetError",
+    "LinearCase",
+    "MultiCase",
+    "assert_within_budget",
+    "eager_lora_linear",
+    "error_ratio",
+    "exact_lora_linear",
+    "exact_merge",
+    "exact_multi_lora_linear",
+    "make_linear",
+    "make_multi",
+]
