@@ -1,0 +1,256 @@
+"""``LoraConfig``: every field of PEFT's, read from and written to the same ``adapter_config.json``.
+
+A field that this package does not implement may hold its default; any other value is refused by name.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import warnings
+from dataclasses import dataclass, field, fields
+from enum import Enum
+
+CONFIG_NAME = "adapter_config.json"
+
+
+class PeftType(str, Enum):
+    LORA = "LORA"
+
+
+class TaskType(str, Enum):
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Settings of a run; never saved."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+# Implemented by PEFT and not here. Only the default is accepted.
+_UNSUPPORTED = (
+    "alora_invocation_tokens", "arrow_config", "corda_config", "ensure_weight_tying", "eva_config", "kasa_config",
+    "layer_replication", "lora_bias", "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters",
+    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
+)  # fmt: skip
+# Without effect unless a field above or ``init_lora_weights="loftq"`` is set: kept, with a warning.
+_INERT = ("loftq_config", "megatron_core", "qalora_group_size")
+
+
+@dataclass
+class LoraConfig:
+    """What an adapter is: rank, scaling, which modules. Fields and defaults are PEFT's.
+
+    Raises:
+        ValueError, TypeError: a value out of range or of the wrong type; the message names the field.
+        NotImplementedError: a feature of PEFT that this package does not have.
+    """
+
+    task_type: str | None = None
+    peft_type: str = PeftType.LORA
+    auto_mapping: dict | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict | None = field(default_factory=dict)
+    alpha_pattern: dict | None = field(default_factory=dict)
+    megatron_config: dict | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict | None = None
+    loftq_config: dict | None = field(default_factory=dict)
+    eva_config: dict | None = None
+    corda_config: dict | None = None
+    lora_ga_config: dict | None = None
+    use_dora: bool = False
+    velora_config: dict | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: dict | None = None
+    layer_replication: list | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: dict | None = None
+    arrow_config: dict | None = None
+    kasa_config: dict | None = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self):
+        self._unknown = {}
+        if self.peft_type != PeftType.LORA:
+            raise ValueError(f"peft_type: expected 'LORA', got {self.peft_type!r}")
+        if self.task_type is not None and self.task_type not in [t.value for t in TaskType]:
+            raise ValueError(
+                f"task_type: expected None or one of {[t.value for t in TaskType]}, got {self.task_type!r}"
+            )
+        self._check_supported()
+        check_rank("r", self.r)
+        check_alpha("lora_alpha", self.lora_alpha)
+        check_dropout(self.lora_dropout)
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias: expected 'none', 'all' or 'lora_only', got {self.bias!r}")
+        for name in ("fan_in_fan_out", "use_rslora", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+        for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
+            patterns = {} if getattr(self, name) is None else getattr(self, name)
+            if not isinstance(patterns, dict):
+                raise TypeError(f"{name}: expected a dict of name patterns, got {patterns!r}")
+            for key, value in patterns.items():
+                check(f"{name}[{key!r}]", value)
+            setattr(self, name, patterns)
+        for name in ("target_modules", "exclude_modules"):
+            setattr(self, name, _names(name, getattr(self, name), as_set=True))
+        self.modules_to_save = _names("modules_to_save", self.modules_to_save, allow_str=False)
+        self.layers_pattern = _names("layers_pattern", self.layers_pattern)
+        self._check_layers()
+
+    def _check_supported(self):
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in _UNSUPPORTED:
+            if getattr(self, name) != defaults[name] and getattr(self, name) not in ([], {}):
+                raise NotImplementedError(
+                    f"{name}={getattr(self, name)!r} is not implemented in lora_kernels; `peft` creates such a model"
+                )
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise NotImplementedError(
+                f"init_lora_weights: expected True, False or 'gaussian', got {self.init_lora_weights!r}; "
+                "other initialisations are not implemented in lora_kernels; `peft` creates such a model"
+            )
+        inert = [n for n in _INERT if getattr(self, n) not in (None, {}, defaults[n])]
+        if inert:
+            warnings.warn(f"{', '.join(inert)}: without effect here, kept as given", stacklevel=4)
+        runtime = self.runtime_config
+        if runtime is not None and getattr(runtime, "ephemeral_gpu_offload", False):
+            raise NotImplementedError("runtime_config: ephemeral_gpu_offload=True is not implemented in lora_kernels")
+
+    def _check_layers(self):
+        indices = self.layers_to_transform
+        valid = isinstance(indices, int) or (isinstance(indices, list) and all(isinstance(i, int) for i in indices))
+        if indices is not None and not valid:
+            raise TypeError(f"layers_to_transform: expected an int or a list of int, got {indices!r}")
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(f"{name}: can not be combined with target_modules given as a str; pass a list")
+        if self.layers_pattern and indices is None:
+            raise ValueError("layers_pattern: also needs layers_to_transform, got None")
+
+    @property
+    def is_prompt_learning(self):
+        return False
+
+    @property
+    def is_adaption_prompt(self):
+        return False
+
+    def to_dict(self):
+        """The fields as plain values, runtime settings left out, fields unknown to this version kept."""
+        values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if f.name != "runtime_config"}
+        return {**copy.deepcopy(self._unknown), **values}
+
+    def to_json(self, **overrides):
+        """The text of ``adapter_config.json``."""
+        values = {**self.to_dict(), **overrides}
+        values = {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
+        return json.dumps(values, indent=2, sort_keys=True)
+
+    def save_pretrained(self, save_directory, **overrides):
+        """Writes ``adapter_config.json`` into ``save_directory``, in one step."""
+        if os.path.isfile(save_directory):
+            raise ValueError(f"save_directory: expected a directory, got the file {save_directory}")
+        from .io.files import replace_files
+
+        replace_files(save_directory, {CONFIG_NAME: self.to_json(**overrides).encode()})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **overrides):
+        """Reads ``adapter_config.json`` from a directory.
+
+        Raises:
+            ValueError: no such file, no JSON object in it, or a ``peft_type`` that is not LORA.
+        """
+        path = os.path.join(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
+        if not os.path.isfile(path):
+            raise ValueError(f"Can't find '{CONFIG_NAME}' at '{os.path.dirname(path)}'")
+        values = cls.from_json_file(path)
+        if "peft_type" not in values:
+            raise ValueError(f"{path}: expected the key 'peft_type', got the keys {sorted(values)[:8]}")
+        try:
+            return cls.from_dict({**values, **overrides})
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise type(error)(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, values):
+        """A config from a dict; keys that are no field warn, and are kept for :meth:`to_dict`."""
+        known = {f.name for f in fields(cls)}
+        unknown = {k: v for k, v in values.items() if k not in known}
+        config = cls(**{k: v for k, v in values.items() if k in known})
+        config._unknown = unknown
+        if unknown:
+            warnings.warn(f"adapter config: unknown fields {sorted(unknown)} have no effect", stacklevel=3)
+        return config
+
+    @classmethod
+    def from_json_file(cls, path):
+        """The JSON object in ``path``, without the runtime settings that some files hold."""
+        values = None
+        with contextlib.suppress(ValueError, RecursionError), open(path, encoding="utf-8") as file:
+            values = json.load(file)
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected a JSON object")
+        if values.pop("runtime_config", None) is not None:
+            warnings.warn(f"{path}: runtime_config is no part of a saved adapter; it has no effect", stacklevel=3)
+        return values
+
+
+def check_rank(name, value):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a positive int, got {value!r}")
+    if value <= 0:
+        raise ValueError(f"{name}: expected a positive int, got {value}")
+
+
+def check_alpha(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def check_dropout(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"lora_dropout: expected a number, got {value!r}")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"lora_dropout: expected 0 <= p < 1, got {value}")
+
+
+def _names(field_name, value, as_set=False, allow_str=True):
+    if value is None or (allow_str and isinstance(value, str)):
+        return value
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(v, str) for v in value):
+        expected = "a str or a list of str" if allow_str else "a list of str"
+        raise TypeError(f"{field_name}: expected {expected}, got {value!r}")
+    return set(value) if as_set else list(value)

@@ -1,0 +1,86 @@
+"""An adapter on disk: ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT writes them.
+
+What is read is not trusted: no pickle is executed, and tensors are checked before a model sees them.
+"""
+
+import os
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..config import CONFIG_NAME
+from .files import replace_files
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can not be read, or does not fit the model; nothing was changed."""
+
+
+def save_adapter(directory, config, tensors, **config_overrides):
+    """Writes both files, or, after any error, neither. ``tensors``: key -> tensor."""
+    seen, whole = set(), {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach()
+        shared = tensor.untyped_storage().data_ptr() in seen
+        seen.add(tensor.untyped_storage().data_ptr())
+        whole[key] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+    contents = {
+        WEIGHTS_NAME: lambda path: save_file(whole, path, metadata={"format": "pt"}),
+        CONFIG_NAME: config.to_json(**config_overrides).encode(),
+    }
+    replace_files(directory, contents)
+
+
+def load_tensors(directory, device="cpu"):
+    """The tensors of the adapter in ``directory``: key -> tensor.
+
+    Raises:
+        CheckpointError: no such file, or one that is truncated, foreign or holds more than tensors.
+    """
+    path = os.path.join(directory, WEIGHTS_NAME)
+    pickle = os.path.join(directory, PICKLE_NAME)
+    if not os.path.isfile(path) and not os.path.isfile(pickle):
+        raise CheckpointError(f"Can't find '{WEIGHTS_NAME}' (or '{PICKLE_NAME}') at '{directory}'")
+    try:
+        if os.path.isfile(path):
+            return load_file(path, device=str(device))
+        path = pickle
+        tensors = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a readable file of tensors ({str(error).splitlines()[0]})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise CheckpointError(f"{path}: expected a dict of tensors, got {type(tensors).__name__}")
+    return tensors
+
+
+def check_tensors(tensors, required, optional=()):
+    """Checks tensors against what the model expects; returns the keys that it does not know.
+
+    Args:
+        tensors: key -> tensor.
+        required, optional: key -> shape.
+
+    Raises:
+        CheckpointError: keys missing, or tensors of another shape, of a dtype that is not floating, or with
+            Inf or NaN; the message lists them.
+    """
+    shapes = {**dict(optional), **required}
+    problems = [f"missing {key}" for key in required if key not in tensors]
+    for key, tensor in tensors.items():
+        if key not in shapes:
+            continue
+        whole = not tensor.is_floating_point() and ".lora_" not in key  # a counter of a module saved in full
+        if tuple(tensor.shape) != tuple(shapes[key]):
+            problems.append(f"{key}: expected shape {tuple(shapes[key])}, got {tuple(tensor.shape)}")
+        elif tensor.dtype not in _DTYPES and not whole:
+            problems.append(f"{key}: expected float32, float16 or bfloat16, got {tensor.dtype}")
+        elif not whole and not tensor.isfinite().all():
+            problems.append(f"{key}: holds Inf or NaN")
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointError(f"the checkpoint does not fit the model: {'; '.join(problems[:8])}{more}")
+    return [key for key in tensors if key not in shapes]

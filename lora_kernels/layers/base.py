@@ -1,0 +1,368 @@
+"""``LoraLayer``: the adapters of one base layer, and what is active, merged and disabled.
+
+A kind of base layer adds ``_make_adapter``, ``forward`` and how its factors look as ``lora_a, lora_b`` of the
+weight (``_factors``). State dict keys and attribute names are PEFT's.
+"""
+
+import math
+import warnings
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..config import check_alpha, check_dropout, check_rank
+from ..ops import dispatch
+from ..ops.scalars import scaling_tensor
+from .scaling import Scaling, scaling_buffer
+
+
+class LoraLayer(nn.Module):
+    """A frozen ``base_layer`` and low-rank updates to its weight, by adapter name.
+
+    Attributes:
+        lora_A, lora_B, lora_embedding_A, lora_embedding_B, lora_dropout: module or parameter dicts by adapter.
+        r, lora_alpha, scaling: dicts of numbers by adapter; ``scaling`` may be assigned to.
+        merged_adapters: the adapters that are in the weight now.
+    """
+
+    adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora")
+    base_class = nn.Module
+
+    def __init__(self, base_layer):
+        super().__init__()
+        if not isinstance(base_layer, self.base_class):
+            raise TypeError(f"base_layer: expected {self.base_class.__name__}, got {type(base_layer).__name__}")
+        self.base_layer = base_layer
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+        self.r, self.lora_alpha, self.use_rslora = {}, {}, {}
+        self.scaling = Scaling(self._buffers)
+        self._merged = {}  # adapter -> the scaling it was merged with
+        self._active_adapter = []
+        self._disable_adapters = False
+        self._reroute()
+        self.train(base_layer.training)
+
+    # What is there
+
+    def get_base_layer(self):
+        """The layer below all adapters."""
+        return self.base_layer
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        return self.base_layer.bias
+
+    @property
+    def merged(self):
+        return bool(self._merged)
+
+    @property
+    def merged_adapters(self):
+        return list(self._merged)
+
+    @property
+    def active_adapter(self):
+        return self._active_adapter
+
+    @property
+    def active_adapters(self):
+        return list(self._active_adapter)
+
+    @property
+    def disable_adapters(self):
+        return self._disable_adapters
+
+    def adapter_names(self):
+        """All adapters of this layer, in the order they came."""
+        return list(self.r)
+
+    # Adding and removing
+
+    def update_layer(
+        self,
+        adapter_name,
+        r,
+        lora_alpha,
+        *,
+        lora_dropout=0.0,
+        init_lora_weights=True,
+        use_rslora=False,
+        autocast_adapter_dtype=True,
+        inference_mode=False,
+        device=None,
+    ):
+        """Adds an adapter; it is active only when its name is among ``active_adapters``.
+
+        Its factors have the dtype of the base weight, or float32 instead of a half-precision dtype
+        (``autocast_adapter_dtype``), on the device of the base weight or on ``device``.
+
+        Raises:
+            ValueError, TypeError: a name that is taken or unusable, or a number out of range.
+        """
+        check_adapter_name(adapter_name)
+        if adapter_name in self.r:
+            raise ValueError(f"adapter_name: '{adapter_name}' is taken; adapters here: {list(self.r)}")
+        check_rank("r", r)
+        check_alpha("lora_alpha", lora_alpha)
+        check_dropout(lora_dropout)
+        if init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(f"init_lora_weights: expected True, False or 'gaussian', got {init_lora_weights!r}")
+        weight = self.weight
+        if weight.dtype == torch.float64:
+            raise TypeError("base_layer: expected a weight in float32, float16, bfloat16 or quantised, got float64")
+        keep = weight.dtype.is_floating_point and not autocast_adapter_dtype
+        dtype = weight.dtype if keep else torch.float32
+        device = weight.device if device is None else device
+        try:
+            self._make_adapter(adapter_name, r, init_lora_weights, device, dtype)
+            self.lora_dropout[adapter_name] = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
+            self.register_buffer(scaling_buffer(adapter_name), torch.zeros((), device=weight.device), persistent=False)
+            self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
+            self.use_rslora[adapter_name] = use_rslora
+            self.lora_alpha[adapter_name] = lora_alpha
+            self.r[adapter_name] = r
+        except BaseException:
+            self._drop(adapter_name)
+            raise
+        self.lora_dropout[adapter_name].train(self.training)
+        self.set_requires_grad(adapter_name, adapter_name in self._active_adapter and not inference_mode)
+        self._reroute()
+
+    def delete_adapter(self, adapter_name):
+        """Removes an adapter. ValueError when it is unknown or merged."""
+        self._known(adapter_name)
+        if adapter_name in self._merged:
+            raise ValueError(f"adapter_name: '{adapter_name}' is merged; unmerge it before deleting it")
+        self._drop(adapter_name)
+        self._active_adapter = [n for n in self._active_adapter if n != adapter_name]
+        self._reroute()
+
+    def _drop(self, adapter_name):
+        for name in self.adapter_layer_names + self.other_param_names:
+            entries = getattr(self, name)
+            if adapter_name in entries:
+                del entries[adapter_name]
+        self._buffers.pop(scaling_buffer(adapter_name), None)
+        self._non_persistent_buffers_set.discard(scaling_buffer(adapter_name))
+        self._reroute()
+
+    def _known(self, adapter_name):
+        if adapter_name not in self.r:
+            raise ValueError(f"adapter_name: no adapter '{adapter_name}' here; adapters: {list(self.r)}")
+
+    # Choosing
+
+    def set_adapter(self, adapter_names, inference_mode=False):
+        """Makes one adapter (or a list of them) active and trainable, all others inactive and frozen.
+
+        Names that this layer does not have are ignored: an adapter need not touch every layer. A merged layer
+        is unmerged first, with a warning.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
+        if self._merged:
+            warnings.warn("set_adapter: the layer is merged; it is unmerged first", stacklevel=2)
+            self.unmerge()
+        for name in self.r:
+            self.set_requires_grad(name, name in names and not inference_mode)
+        self._active_adapter = names
+        self._reroute()
+
+    def set_requires_grad(self, adapter_names, requires_grad=True):
+        """Freezes or unfreezes the factors of the adapters named."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for factor in self._parameters_of(name):
+                if factor is not None:
+                    factor.requires_grad_(requires_grad)
+
+    def _parameters_of(self, adapter_name):
+        for kind in self.adapter_layer_names:
+            entries = self._modules[kind]
+            if adapter_name in entries._modules:
+                yield from entries._modules[adapter_name]._parameters.values()
+            elif adapter_name in entries._parameters:
+                yield entries._parameters[adapter_name]
+
+    def enable_adapters(self, enabled):
+        """Turns the adapters off (the layer then gives what the base layer alone does) or on again."""
+        self._disable_adapters = not enabled
+        self._reroute()
+
+    def set_scale(self, adapter, scale):
+        """Sets the scaling to ``scale`` times the one that ``lora_alpha`` and ``r`` give."""
+        self._known(adapter)
+        self.scaling[adapter] = scale * self._own_scaling(adapter)
+
+    def scale_layer(self, scale):
+        """Multiplies the scaling of the active adapters by ``scale``."""
+        for name in self._active_adapter:
+            if name in self.r:
+                self.scaling[name] = self.scaling[name] * scale
+
+    def unscale_layer(self, scale=None):
+        """Divides the scaling of the active adapters by ``scale``, or restores it when None."""
+        for name in self._active_adapter:
+            if name in self.r:
+                self.scaling[name] = self._own_scaling(name) if scale is None else self.scaling[name] / scale
+
+    def _own_scaling(self, name):
+        r = self.r[name]
+        return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
+
+    # Merging
+
+    def merge(self, safe_merge=False, adapter_names=None):
+        """Adds the updates of ``adapter_names`` (default: the active ones) to the base weight, in place.
+
+        Raises:
+            ValueError: an adapter that is unknown or merged already, or, with ``safe_merge``, a merged weight
+                that would not be finite. The weight is then unchanged.
+        """
+        names = self.names_to_merge(adapter_names)
+        if names:
+            a, b, scale = self._stacked(names, self._current_scaling(names))
+            ops.merge_(self._plain_weight(), a, b, scale, safe=safe_merge)
+            self._merged.update({name: self.scaling[name] for name in names})
+        self._reroute()
+
+    def unmerge(self, adapter_names=None):
+        """Takes the updates of ``adapter_names`` (default: all merged ones) out of the base weight again."""
+        names = list(self._merged) if adapter_names is None else list(dict.fromkeys(adapter_names))
+        if not names:
+            warnings.warn("unmerge: no adapter is merged", stacklevel=2)
+            return
+        self._known_merged(names)
+        a, b, scale = self._stacked(names, [self._merged[name] for name in names])
+        ops.unmerge_(self._plain_weight(), a, b, scale)
+        for name in names:
+            del self._merged[name]
+        self._reroute()
+
+    def switch(self, adapter_name):
+        """Replaces what is merged by ``adapter_name``, in one pass over the weight, and makes it active.
+
+        What is trainable stays as it is. ValueError when nothing is merged, or the adapter is unknown or merged.
+        """
+        self._known(adapter_name)
+        if adapter_name in self._merged:
+            raise ValueError(f"adapter_name: '{adapter_name}' is merged already")
+        if not self._merged:
+            raise ValueError("switch: no adapter is merged; call merge() first")
+        old = self._stacked(list(self._merged), list(self._merged.values()))
+        new = self._stacked([adapter_name], self._current_scaling([adapter_name]))
+        ops.switch_(self._plain_weight(), old, new)
+        self._merged = {adapter_name: self.scaling[adapter_name]}
+        self._active_adapter = [adapter_name]
+        self._reroute()
+
+    def names_to_merge(self, adapter_names=None):
+        """The adapters ``merge(adapter_names=…)`` would add; ValueError when it would be refused."""
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names: expected a list of str, got {adapter_names!r}")
+        names = [n for n in self._active_adapter if n in self.r] if adapter_names is None else list(adapter_names)
+        for name in names:
+            self._known(name)
+        merged = [name for name in names if name in self._merged]
+        if merged:
+            raise ValueError(f"adapter_names: {merged} merged already; unmerge first")
+        self._plain_weight()
+        return list(dict.fromkeys(names))
+
+    def merge_is_finite(self, adapter_names):
+        """Whether the weight would be finite after merging; it is only read."""
+        a, b, scale = self._stacked(adapter_names, self._current_scaling(adapter_names))
+        weight = self._plain_weight()
+        check = dispatch.select("merge_is_finite", weight)
+        return bool(check(weight, a, b, scaling_tensor(scale, weight), 1.0))
+
+    def get_delta_weight(self, adapter):
+        """``scaling · B A`` in the layout of the base weight: (out_features, in_features), or (V, d)."""
+        self._known(adapter)
+        a, b = self._factors(adapter)
+        return (b @ a) * self.scaling[adapter]
+
+    def merge_state(self):
+        """What :meth:`restore_merged` takes to come back here."""
+        return dict(self._merged), list(self._active_adapter)
+
+    def restore_merged(self, state):
+        """Merges and unmerges until the layer holds what it held at ``state``; after a failure half-way."""
+        merged, active = state
+        extra = [name for name in self._merged if name not in merged]
+        if extra:
+            self.unmerge(extra)
+        missing = [name for name in merged if name not in self._merged]
+        if missing:
+            a, b, scale = self._stacked(missing, [merged[name] for name in missing])
+            ops.merge_(self._plain_weight(), a, b, scale)
+            self._merged.update({name: merged[name] for name in missing})
+        self._active_adapter = active
+        self._reroute()
+
+    def _known_merged(self, names):
+        missing = [name for name in names if name not in self._merged]
+        if missing:
+            raise ValueError(f"adapter_names: {missing} not merged; merged: {list(self._merged)}")
+
+    def _current_scaling(self, names):
+        return [self.scaling[name] for name in names]
+
+    def _plain_weight(self):
+        weight = self.base_layer._parameters.get("weight")
+        if weight.__class__ is not nn.Parameter:
+            kind = "computed (parametrized) weight" if weight is None else type(weight).__name__
+            raise ValueError(f"weight: a {kind} can not be merged into; expected a plain parameter")
+        return weight.detach()
+
+    def _stacked(self, names, scalings):
+        """``lora_a, lora_b, scaling`` of several adapters as of one: ranks side by side, scaling inside b."""
+        factors = [tuple(f.detach() for f in self._factors(name)) for name in names]
+        if len(names) == 1:
+            return (*self._usable(*factors[0]), scalings[0])
+        a = torch.cat([a.float() for a, _ in factors], 0)
+        b = torch.cat([b.float() * scale for (_, b), scale in zip(factors, scalings, strict=True)], 1)
+        return a, b, 1.0
+
+    def _usable(self, *factors):
+        """Factors in a dtype that the ops take: the one of the weight, or float32."""
+        dtype = self.base_layer.weight.dtype
+        return tuple(f if f.dtype in (dtype, torch.float32) else f.float() for f in factors)
+
+    # Kept in step
+
+    def _reroute(self):
+        """Decides once what ``forward`` does, after any change of what is active, merged or disabled."""
+        active = [] if self._disable_adapters else [n for n in self._active_adapter if n in self.r]
+        added = [(name, 1.0) for name in active if name not in self._merged]
+        removed = [(name, -1.0) for name in self._merged] if self._disable_adapters else []
+        self._terms = (*added, *removed)
+        one = len(added) == 1 and not self._merged
+        self._single = (added[0][0], scaling_buffer(added[0][0])) if one else None
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.scaling.refill(self._buffers)
+        return self
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.scaling.buffers = self._buffers
+
+
+def check_adapter_name(name):
+    """Names become parts of module paths and of folders."""
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"adapter_name: expected a non-empty str, got {name!r}")
+    if any(c in name for c in "./\\") or name == "__base__":
+        raise ValueError(f"adapter_name: expected a name without '.', '/' and '\\', got {name!r}")
+    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name):
+        raise ValueError(f"adapter_name: {name!r} is the name of a method of torch.nn.ModuleDict; choose another")

@@ -1,0 +1,188 @@
+"""``LoraLinear``: ``y = x Wᵀ + bias + Σ scaling · dropout(x) Aᵀ Bᵀ``."""
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+from .. import ops
+from .base import LoraLayer
+from .scaling import scaling_buffer
+
+_lora_linear = ops.lora_linear
+_Linear, _Dropout, _Parameter = nn.Linear, nn.Dropout, nn.Parameter
+
+
+class LoraLinear(LoraLayer):
+    """A linear layer with LoRA adapters; also a drop-in for ``nn.Linear`` on its own (:meth:`from_linear`).
+
+    ``forward``: x (…, in_features) -> (…, out_features), as the base layer.
+    """
+
+    base_class = nn.Linear
+
+    def __init__(self, base_layer):
+        super().__init__(base_layer)
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear,
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0.0,
+        use_rslora=False,
+        adapter_name="default",
+        *,
+        init_lora_weights=True,
+        autocast_adapter_dtype=True,
+    ):
+        """A layer around ``linear`` (shared, and frozen) with one active, trainable adapter.
+
+        Raises:
+            ValueError, TypeError: not an ``nn.Linear``, or a number out of range.
+        """
+        layer = cls(linear)
+        layer._active_adapter = [adapter_name]
+        layer.update_layer(
+            adapter_name,
+            r,
+            lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+        linear.requires_grad_(False)
+        return layer
+
+    @classmethod
+    def from_peft(cls, peft_layer):
+        """A layer that shares the base layer, the factors and the state of a ``peft`` LoRA linear layer.
+
+        Raises:
+            ValueError: a variant (DoRA, ...), a bias on B, or a merged layer whose scaling is not known.
+        """
+        if not all(hasattr(peft_layer, n) for n in ("lora_A", "lora_B", "scaling", "get_base_layer")):
+            raise TypeError(f"peft_layer: expected a peft LoRA layer, got {type(peft_layer).__name__}")
+        if getattr(peft_layer, "lora_variant", None) or any(getattr(peft_layer, "lora_bias", {}).values()):
+            raise ValueError("peft_layer: variants (DoRA, ...) and lora_bias are not implemented in lora_kernels")
+        layer = cls(peft_layer.base_layer)
+        layer._active_adapter = list(peft_layer.active_adapters)
+        for name, r in peft_layer.r.items():
+            dropout = peft_layer.lora_dropout[name]
+            rslora = getattr(peft_layer, "use_rslora", {}).get(name, False)
+            layer.update_layer(name, r, peft_layer.lora_alpha[name], use_rslora=rslora, device="meta")
+            layer.lora_A[name], layer.lora_B[name] = peft_layer.lora_A[name], peft_layer.lora_B[name]
+            layer.lora_dropout[name] = dropout
+            layer.scaling[name] = peft_layer.scaling[name]
+        layer._merged = {name: layer.scaling[name] for name in peft_layer.merged_adapters}
+        layer.enable_adapters(not peft_layer.disable_adapters)
+        return layer.train(peft_layer.training)
+
+    def to_peft(self):
+        """The same layer as ``peft`` has it, sharing the base layer and the factors; needs ``peft``."""
+        from peft import LoraConfig
+        from peft.tuners.lora import Linear
+
+        layer = None
+        for name, r in self.r.items():
+            values = {"r": r, "lora_alpha": self.lora_alpha[name], "use_rslora": self.use_rslora[name]}
+            config = LoraConfig(lora_dropout=getattr(self.lora_dropout[name], "p", 0.0), **values)
+            if layer is None:
+                layer = Linear(self.base_layer, name, config=config, r=r, lora_alpha=self.lora_alpha[name])
+            else:
+                layer.update_layer(name, r, lora_alpha=self.lora_alpha[name], config=config)
+            layer.lora_A[name], layer.lora_B[name] = self.lora_A[name], self.lora_B[name]
+            layer.scaling[name] = self.scaling[name]
+        if layer is None:
+            raise ValueError("to_peft: the layer has no adapter")
+        trainable = [(p, p.requires_grad) for p in layer.parameters()]
+        layer.set_adapter(self.active_adapters)
+        layer._disable_adapters = self._disable_adapters
+        layer.merged_adapters = list(self._merged)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        return layer.train(self.training)
+
+    def _make_adapter(self, name, r, init, device, dtype):
+        self.lora_A[name] = nn.Linear(self.in_features, r, bias=False, device=device, dtype=dtype)
+        self.lora_B[name] = nn.Linear(r, self.out_features, bias=False, device=device, dtype=dtype)
+        if init == "gaussian":
+            nn.init.normal_(self.lora_A[name].weight, std=1 / r)
+        elif init:
+            self.lora_A[name].reset_parameters()
+        if init:
+            nn.init.zeros_(self.lora_B[name].weight)
+
+    @staticmethod
+    def checkpoint_keys(base, name, r):
+        """Of an adapter: key in a checkpoint -> (key in this layer, shape)."""
+        return {
+            "lora_A.weight": (f"lora_A.{name}.weight", (r, base.in_features)),
+            "lora_B.weight": (f"lora_B.{name}.weight", (base.out_features, r)),
+        }
+
+    def _factors(self, name):
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    def forward(self, x, *args, **kwargs):
+        # Everything is read where it lives, at each call: no copy can be stale after .to(), an assigned
+        # parameter or a replaced module. Only the choice of adapter is kept (_reroute).
+        single, modules = self._single, self._modules
+        base = modules["base_layer"]
+        if single is None or base.__class__ is not _Linear or args or kwargs or not _unhooked(base):
+            return self._forward_terms(x, *args, **kwargs)
+        name, scale = single
+        a = modules["lora_A"]._modules[name]._parameters.get("weight")
+        b = modules["lora_B"]._modules[name]._parameters.get("weight")
+        parameters = base._parameters
+        weight = parameters.get("weight")
+        if weight.__class__ is not _Parameter or a is None or b is None:
+            return self._forward_terms(x)
+        dtype = a.dtype
+        if (dtype is not weight.dtype and dtype is not torch.float32) or b.dtype is not dtype:
+            return self._forward_terms(x)
+        p = 0.0
+        if self.training:
+            dropout = modules["lora_dropout"]._modules[name]
+            if dropout.__class__ is _Dropout:
+                p = dropout.p if dropout.training else 0.0
+            elif dropout.__class__ is not nn.Identity:
+                return self._forward_terms(x)
+        return _lora_linear(x, weight, parameters["bias"], a, b, self._buffers[scale], dropout_p=p)
+
+    def _forward_terms(self, x, *args, **kwargs):
+        """Any base layer, any number of adapters: the base product by its own module, then the updates."""
+        base = self.base_layer
+        y = base(x, *args, **kwargs)
+        if not self._terms:
+            return y
+        if not _unhooked(base) or type(base).forward is not _Linear.forward:
+            y = y.clone()  # others may hold the output
+        for name, sign in self._terms:
+            dropout = self.lora_dropout[name]
+            p, x_lora = 0.0, x
+            if sign > 0 and dropout.training and isinstance(dropout, _Dropout):
+                p = dropout.p
+            elif sign > 0:
+                x_lora = dropout(x)
+            if x_lora.dtype != y.dtype and y.dtype != torch.float32:
+                x_lora = x_lora.to(y.dtype)
+            scale = self._buffers[scaling_buffer(name)] if sign > 0 else -self._merged[name]
+            a, b = (f if f.dtype in (x_lora.dtype, torch.float32) else f.float() for f in self._factors(name))
+            y = ops.lora_add_(y, x_lora, a, b, scale, dropout_p=p)
+        return y
+
+
+def _unhooked(module):
+    """Whether calling the module is the same as calling its forward function."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+        or "forward" in module.__dict__
+    )

@@ -1,0 +1,48 @@
+"""The scalings of a layer: floats to read and assign, each mirrored in the 0-d tensor that the ops take.
+
+A Python float handed to an op costs a compile per value and freezes in a CUDA graph; a buffer does neither.
+"""
+
+import torch
+
+
+def scaling_buffer(adapter_name):
+    """The name of the buffer of an adapter's scaling."""
+    return "scaling_" + adapter_name
+
+
+class Scaling(dict):
+    """Adapter name to scaling; an assignment reaches the buffer as well.
+
+    ``buffers`` is the layer's own buffer dict.
+    """
+
+    def __init__(self, buffers, values=()):
+        super().__init__(values)
+        self.buffers = buffers
+
+    def __reduce__(self):
+        return Scaling, (self.buffers, dict(self))
+
+    def __setitem__(self, name, value):
+        super().__setitem__(name, float(value))
+        self._fill(name)
+
+    def update(self, *args, **kwargs):
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def refill(self, buffers):
+        """After the buffers were moved or cast: each is float32 again and holds its value."""
+        self.buffers = buffers
+        for name in self:
+            self._fill(name)
+
+    def _fill(self, name):
+        key = scaling_buffer(name)
+        buffer = self.buffers[key]
+        with torch.inference_mode(False):
+            if buffer.dtype != torch.float32 or buffer.is_inference():
+                self.buffers[key] = torch.full((), self[name], dtype=torch.float32, device=buffer.device)
+            else:
+                buffer.fill_(self[name])

@@ -1,0 +1,276 @@
+"""``PeftModel`` and ``get_peft_model``: a model with adapters, and its adapters on disk."""
+
+import contextlib
+import os
+import warnings
+
+from torch import nn
+
+from .config import LoraConfig
+from .io.checkpoint import check_tensors, load_tensors, save_adapter
+from .io.state_dict import expected_shapes, get_peft_model_state_dict, set_peft_model_state_dict
+from .layers.base import LoraLayer, check_adapter_name
+from .targeting import find_targets
+from .tuner import LoraModel
+
+__all__ = ["LoraModel", "PeftModel", "get_peft_model"]
+
+
+def get_peft_model(
+    model,
+    peft_config,
+    adapter_name="default",
+    mixed=False,
+    autocast_adapter_dtype=True,
+    revision=None,
+    low_cpu_mem_usage=False,
+):
+    """Wraps ``model``, in place, with a first adapter, ready to train.
+
+    Args:
+        model: any module.
+        peft_config: a :class:`LoraConfig`; it is copied, not changed.
+        adapter_name: the name of the adapter.
+        mixed: must be False (other adapter types are not implemented).
+        autocast_adapter_dtype: float32 adapters on a half-precision model.
+        revision: of the base model, noted in the config.
+        low_cpu_mem_usage: adapters on the meta device, to be loaded later.
+
+    Returns:
+        A :class:`PeftModel`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: a config that does not fit; the model is unchanged.
+    """
+    if mixed:
+        raise NotImplementedError("mixed: True (other adapter types) is not implemented in lora_kernels")
+    if not isinstance(peft_config, LoraConfig):
+        raise TypeError(f"peft_config: expected a LoraConfig, got {type(peft_config).__name__}")
+    peft_model = PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    config = peft_model.peft_config[adapter_name]
+    config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
+    config.revision = revision or config.revision
+    return peft_model
+
+
+def _check_plain(model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(module, (LoraModel, LoraLayer)) for module in model.modules()):
+        raise ValueError("model: has adapters already; add_adapter() adds another, unload() removes them")
+
+
+class PeftModel(nn.Module):
+    """A model whose layers carry adapters: ``base_model`` is the :class:`LoraModel`, below it the model.
+
+    Attributes and methods that are not here are those of the :class:`LoraModel` (merging, choosing several
+    adapters) and of the model.
+    """
+
+    def __init__(
+        self, model, peft_config, adapter_name="default", autocast_adapter_dtype=True, low_cpu_mem_usage=False
+    ):
+        super().__init__()
+        _check_plain(model)
+        options = {"autocast_adapter_dtype": autocast_adapter_dtype, "meta": low_cpu_mem_usage}
+        self.base_model = LoraModel(model, peft_config, adapter_name, **options)
+        self.peft_type = peft_config.peft_type
+        if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()  # a checkpointed segment has gradients only where its input has
+
+    def forward(self, *args, **kwargs):
+        return self.base_model.model(*args, **kwargs)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    @property
+    def peft_config(self):
+        """Adapter name to :class:`LoraConfig`."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapter(self):
+        return self.base_model.active_adapter
+
+    @property
+    def active_adapters(self):
+        return self.base_model.active_adapters
+
+    @property
+    def active_peft_config(self):
+        return self.peft_config[self.base_model.active_adapters[0]]
+
+    @property
+    def modules_to_save(self):
+        """Names of the modules that some adapter saves in full, or None."""
+        names = {n for config in self.peft_config.values() for n in config.modules_to_save or ()}
+        return names or None
+
+    def get_base_model(self):
+        """The model below the adapters."""
+        return self.base_model.model
+
+    def get_nb_trainable_parameters(self):
+        """``(trainable, all)``: numbers of parameters."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+    def print_trainable_parameters(self):
+        """One line: how many parameters train."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    # The life of adapters
+
+    def add_adapter(self, adapter_name, peft_config, low_cpu_mem_usage=False, autocast_adapter_dtype=True):
+        """Adds a new adapter, which is not made active. ValueError when the name is taken or nothing matches."""
+        if not isinstance(peft_config, LoraConfig):
+            raise TypeError(f"peft_config: expected a LoraConfig, got {type(peft_config).__name__}")
+        options = {"autocast_adapter_dtype": autocast_adapter_dtype, "meta": low_cpu_mem_usage}
+        self.base_model.add_adapter(adapter_name, peft_config, **options)
+
+    def set_adapter(self, adapter_name, inference_mode=False):
+        """Makes an adapter (or a list of them) the active one. ValueError when it is unknown."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name):
+        """Removes an adapter. ValueError when it is unknown or merged."""
+        self.base_model.delete_adapter(adapter_name)
+
+    def set_requires_grad(self, adapter_names, requires_grad=True):
+        """Freezes or unfreezes adapters, active or not."""
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    @contextlib.contextmanager
+    def disable_adapter(self):
+        """In this context the model is the base model; weights are not touched, even when merged."""
+        parts = self.base_model._parts()
+        before = [part.disable_adapters for part in parts]
+        self.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            for part, disabled in zip(parts, before, strict=True):
+                part.enable_adapters(not disabled)
+
+    # On disk
+
+    def save_pretrained(
+        self,
+        save_directory,
+        safe_serialization=True,
+        selected_adapters=None,
+        save_embedding_layers="auto",
+        is_main_process=True,
+    ):
+        """Writes ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT reads them.
+
+        The adapter "default" goes into ``save_directory``, any other into a folder of its name in it. Files
+        are replaced whole: after an error the old checkpoint is still there.
+
+        Raises:
+            ValueError: an unknown adapter, a path that is a file, or ``safe_serialization=False``.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization: False (pickle files) is not supported; only safetensors are written")
+        if os.path.isfile(save_directory):
+            raise ValueError(f"save_directory: expected a directory, got the file {save_directory}")
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        self.base_model._known(names)
+        model = self.get_base_model()
+        for name in names if is_main_process else ():
+            config = self.peft_config[name]
+            tensors = get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=save_embedding_layers)
+            overrides = {"inference_mode": True}
+            if config.base_model_name_or_path is None:
+                overrides["base_model_name_or_path"] = model.__dict__.get("name_or_path") or None
+            if config.task_type is None:
+                kind = type(model)
+                overrides["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+            directory = save_directory if name == "default" else os.path.join(save_directory, name)
+            save_adapter(directory, config, tensors, **overrides)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model,
+        model_id,
+        adapter_name="default",
+        is_trainable=False,
+        config=None,
+        autocast_adapter_dtype=True,
+        low_cpu_mem_usage=False,
+        subfolder=None,
+        torch_device="cpu",
+        strict=False,
+    ):
+        """Wraps ``model``, in place, with the adapter saved in ``model_id`` (a directory).
+
+        Everything is checked before the model is touched.
+
+        Raises:
+            CheckpointError, ValueError: files that are missing, damaged or foreign, or do not fit the model.
+        """
+        _check_plain(model)
+        path = os.path.join(model_id, subfolder or "")
+        config = LoraConfig.from_pretrained(path) if config is None else LoraConfig.from_dict(config.to_dict())
+        config.inference_mode = not is_trainable
+        tensors = load_tensors(path, torch_device)
+        check_adapter_name(adapter_name)
+        check_tensors(tensors, expected_shapes(find_targets(model, config)))
+        peft_model = cls(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True)
+        try:
+            peft_model._finish_load(adapter_name, tensors, is_trainable, strict)
+        except BaseException:
+            peft_model.base_model.unload()
+            raise
+        return peft_model
+
+    def load_adapter(
+        self,
+        model_id,
+        adapter_name,
+        is_trainable=False,
+        torch_device="cpu",
+        autocast_adapter_dtype=True,
+        low_cpu_mem_usage=False,
+        subfolder=None,
+        strict=False,
+    ):
+        """Adds the adapter saved in ``model_id`` (a directory); it is not made active.
+
+        Returns:
+            ``(missing_keys, unexpected_keys)``: nothing is ever missing.
+
+        Raises:
+            CheckpointError, ValueError: as :meth:`from_pretrained`, or a name that is taken.
+        """
+        path = os.path.join(model_id, subfolder or "")
+        config = LoraConfig.from_pretrained(path)
+        config.inference_mode = not is_trainable
+        tensors = load_tensors(path, torch_device)
+        targets = find_targets(self.get_base_model(), config)
+        check_tensors(tensors, expected_shapes(targets))
+        self.base_model.add_adapter(
+            adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, meta=True, targets=targets
+        )
+        try:
+            return self._finish_load(adapter_name, tensors, is_trainable, strict)
+        except BaseException:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.base_model.delete_adapter(adapter_name)
+            raise
+
+    def _finish_load(self, adapter_name, tensors, is_trainable, strict):
+        result = set_peft_model_state_dict(self, tensors, adapter_name, strict=strict)
+        self.set_requires_grad(adapter_name, is_trainable)
+        if not is_trainable:
+            self.eval()
+        return result

@@ -1,0 +1,277 @@
+"""Which modules of a model an adapter touches, and with what rank and scaling: PEFT's rules.
+
+Nothing here changes the model: ``find_targets`` returns a plan that is checked before anything is wrapped.
+"""
+
+import copy
+import difflib
+import re
+import warnings
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .layers.base import LoraLayer
+from .layers.embedding import LoraEmbedding
+from .layers.linear import LoraLinear
+from .layers.saved import ModulesToSaveWrapper
+
+# The default targets of transformers' model types, where ``target_modules`` is None.
+_TYPES_BY_TARGETS = {
+    ("q_proj", "v_proj"): (
+        "bart", "gemma", "gemma2", "gemma3_text", "gpt_neo", "gptj", "llama", "llama4", "mistral", "mixtral", "opt",
+        "qwen2", "qwen3", "stablelm",
+    ),
+    ("query", "value"): ("bert", "electra", "layoutlm", "roberta", "xlm-roberta"),
+    ("query_key_value",): ("RefinedWeb", "RefinedWebModel", "bloom", "chatglm", "falcon", "gpt_neox"),
+    ("c_attn",): ("gpt2", "gpt_bigcode"),
+    ("q", "v"): ("t5", "mt5"),
+    ("q", "v", "q_proj", "v_proj"): ("blip-2",),
+    ("c_attn", "c_proj"): ("btlm",),
+    ("qkv_proj",): ("codegen",),
+    ("in_proj",): ("deberta",),
+    ("query_proj", "value_proj"): ("deberta-v2",),
+    ("Wqkv",): ("mpt",),
+    ("q_proj", "k_proj", "v_proj", "o_proj"): ("nemotron_h",),
+    ("q_proj", "v_proj", "fc1", "fc2"): ("phi",),
+    ("key", "value", "receptance", "output"): ("rwkv",),
+    ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"): ("rwkv7",),
+    r".*language_model\..*\.(q_proj|v_proj)": ("gemma4",),
+}  # fmt: skip
+DEFAULT_TARGETS = {kind: targets for targets, kinds in _TYPES_BY_TARGETS.items() for kind in kinds}
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+# Heads that a task trains in full.
+TASK_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+
+
+@dataclass
+class Target:
+    """A module to be given an adapter; ``layer_class`` is the LoRA layer of its kind."""
+
+    name: str
+    module: nn.Module
+    layer_class: type
+    r: int
+    lora_alpha: float
+
+
+@dataclass
+class Targets:
+    """What an adapter touches. ``config`` is a copy with ``target_modules`` resolved."""
+
+    config: object
+    lora: list[Target] = field(default_factory=list)
+    saved: list[tuple[str, nn.Module]] = field(default_factory=list)
+
+
+def find_targets(model, config):
+    """The plan of the adapter ``config`` describes on ``model``.
+
+    Raises:
+        ValueError: nothing matches (the message names the closest module names), a match is of a kind that
+            has no LoRA layer, or a pattern is no regular expression.
+    """
+    config = _resolve(model, config)
+    plan = Targets(config)
+    names = _module_names(model)
+    excluded = 0
+    for name, module in names.items():
+        verdict = _matches(config, name)
+        excluded += verdict is None
+        if verdict:
+            plan.lora.append(_target(model, config, name, module))
+    if not plan.lora:
+        raise ValueError(_nothing_found(config, names, excluded))
+    plan.saved = _saved_modules(model, config)
+    _warn_unused(config, names, plan, excluded)
+    return plan
+
+
+def _resolve(model, config):
+    """A copy of ``config`` whose ``target_modules`` and ``modules_to_save`` name modules of this model."""
+    unknown, config = config._unknown, copy.copy(config)
+    config._unknown = dict(unknown)
+    heads = TASK_HEADS.get(config.task_type)
+    if heads:
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
+    if config.target_modules is None:
+        model_type = _model_config(model).get("model_type")
+        if model_type not in DEFAULT_TARGETS:
+            raise ValueError(
+                f"target_modules: expected module names, got None; no default for model type {model_type!r}"
+            )
+        default = DEFAULT_TARGETS[model_type]
+        config.target_modules = default if isinstance(default, str) else set(default)
+    elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        config.target_modules = _all_linear(model, config)
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if isinstance(value, str):
+            _check_pattern(name, value)
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, name):
+            _check_pattern(name, key)
+    if config.fan_in_fan_out:
+        warnings.warn("fan_in_fan_out: True is not possible for nn.Linear; it is set to False", stacklevel=4)
+        config.fan_in_fan_out = False
+    return config
+
+
+def _check_pattern(name, pattern):
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: {pattern!r} is no regular expression ({error})") from error
+
+
+def _model_config(model):
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        return config.to_dict()
+    return config if isinstance(config, dict) else {"model_type": getattr(config, "model_type", None)}
+
+
+def _module_names(model):
+    """The modules an adapter may name: all but the inside of layers and wrappers that are already there."""
+    names, inside = {}, None
+    for name, module in model.named_modules():
+        if name and not (inside and name.startswith(inside)):
+            names[name] = module
+            inside = name + "." if isinstance(module, (LoraLayer, ModulesToSaveWrapper)) else None
+    return names
+
+
+def _all_linear(model, config):
+    """Every linear layer but the output head, and but the projections that a module uses without calling them."""
+    heads = set()
+    if hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()
+        if head is None and config.task_type == "SEQ_CLS":
+            head = next((h for h in (getattr(model, n, None) for n in TASK_HEADS["SEQ_CLS"]) if h is not None), None)
+        heads = {id(head)}
+    inside_attention = {
+        id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention) and hasattr(m, "out_proj")
+    }
+    return {
+        name
+        for name, module in _module_names(model).items()
+        if isinstance(module, (nn.Linear, LoraLinear)) and id(module) not in heads | inside_attention
+    }
+
+
+def _matches(config, name):
+    """True: adapted. False: not. None: would be, but is excluded or saved in full."""
+    excluded, targets = config.exclude_modules, config.target_modules
+    if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else _has_suffix(name, excluded)):
+        return None
+    if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ()):
+        return None
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    if name in targets:
+        return True
+    return _has_suffix(name, targets) and _in_layers(config, name)
+
+
+def _has_suffix(name, suffixes):
+    return name in suffixes or any(name.endswith("." + suffix) for suffix in suffixes)
+
+
+def _in_layers(config, name):
+    """Whether the number of the layer in ``name`` is one of ``layers_to_transform``."""
+    indices = config.layers_to_transform
+    if indices is None or indices == []:
+        return True
+    patterns = config.layers_pattern or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        start = r".*?\." if not config.layers_pattern else r"(?:^|.*?\.)"
+        match = re.match(rf"{start}{pattern}\.(\d+)\.", name)
+        if match:
+            return int(match.group(match.lastindex)) in ([indices] if isinstance(indices, int) else indices)
+    return False
+
+
+def pattern_value(patterns, name, default):
+    """The value of the first pattern that ``name`` ends in, as PEFT reads ``rank_pattern``."""
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _target(model, config, name, module):
+    base = module.base_layer if isinstance(module, LoraLayer) else module
+    layer_class = next((c for c in (LoraLinear, LoraEmbedding) if isinstance(base, c.base_class)), None)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, ModulesToSaveWrapper):
+        raise ValueError(f"target_modules: '{name}' is saved in full by another adapter (modules_to_save)")
+    if layer_class is None:
+        raise ValueError(
+            f"target_modules: '{name}' is a {type(base).__name__}; only nn.Linear and nn.Embedding can be adapted"
+        )
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(f"target_modules: '{name}' is used by nn.MultiheadAttention without being called")
+    r = pattern_value(config.rank_pattern, name, config.r)
+    alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    return Target(name, module, layer_class, r, alpha)
+
+
+def _saved_modules(model, config):
+    found = []
+    for name, module in _module_names(model).items():
+        if any(name.endswith(wanted) for wanted in config.modules_to_save or ()):
+            if any(isinstance(m, LoraLayer) for m in module.modules()):
+                raise ValueError(f"modules_to_save: '{name}' has or holds a LoRA adapter; name it in one of the two")
+            if isinstance(module, _CONTAINERS):
+                raise ValueError(f"modules_to_save: '{name}' is a {type(module).__name__}, which can not be called")
+            found.append((name, module))
+    return found
+
+
+def _closest(wanted, names):
+    """The module names (last parts, then full names) that look most like ``wanted``."""
+    short = list(dict.fromkeys(n.rpartition(".")[2] for n in names))
+    short = [n for n in short if not n.isdigit()]
+    return difflib.get_close_matches(wanted, short, n=3, cutoff=0.4) or difflib.get_close_matches(
+        wanted, list(names), n=3, cutoff=0.4
+    )
+
+
+def _nothing_found(config, names, excluded):
+    wanted = config.target_modules
+    adaptable = [n for n, m in names.items() if isinstance(m, (nn.Linear, nn.Embedding, LoraLayer))]
+    listed = [wanted] if isinstance(wanted, str) else sorted(wanted)
+    message = f"target_modules: no module of the model matches {listed}"
+    if excluded:
+        message += f" ({excluded} left out by exclude_modules or modules_to_save)"
+    for name in ("layers_to_transform", "layers_pattern"):
+        if getattr(config, name) is not None:
+            message += f", {name}={getattr(config, name)!r}"
+    close = list(dict.fromkeys(c for w in listed for c in _closest(w, adaptable)))
+    if close:
+        return f"{message}; closest names: {', '.join(close)}"
+    return f"{message}; modules that can be adapted: {', '.join(adaptable[:8]) or 'none'}"
+
+
+def _warn_unused(config, names, plan, excluded):
+    """What the user named and nothing uses is likely a slip."""
+    targeted = [t.name for t in plan.lora]
+    unused = {}
+    if not isinstance(config.target_modules, str):
+        unnamed = [t for t in config.target_modules if t not in names]
+        unused["target_modules"] = [t for t in unnamed if not any(n.endswith("." + t) for n in names)]
+    for attribute in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, attribute)
+        unused[attribute] = [k for k in patterns if not any(re.match(rf"(.*\.)?({k})$", n) for n in targeted)]
+    heads = TASK_HEADS.get(config.task_type, [])
+    saved = [n for n, _ in plan.saved]
+    unused["modules_to_save"] = [
+        m for m in config.modules_to_save or () if m not in heads and not any(n.endswith(m) for n in saved)
+    ]
+    if config.exclude_modules and not excluded:
+        unused["exclude_modules"] = [str(config.exclude_modules)]
+    for attribute, values in unused.items():
+        if values:
+            close = list(dict.fromkeys(c for v in values for c in _closest(v, names)))
+            hint = f"; closest names: {', '.join(close)}" if close else ""
+            warnings.warn(f"{attribute}: {sorted(values)} matched no module{hint}", RuntimeWarning, stacklevel=5)

@@ -1,0 +1,327 @@
+"""``LoraModel``: the adapters of a model, wrapped around its layers, and their life."""
+
+import warnings
+
+from torch import nn
+
+from .layers import LoraLayer, ModulesToSaveWrapper
+from .layers.base import check_adapter_name
+from .targeting import find_targets
+
+_FUSED = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+
+
+class LoraModel(nn.Module):
+    """Wraps, in place, the layers of ``model`` that ``config`` names; ``self.model`` is that model.
+
+    Raises:
+        ValueError, TypeError: nothing to wrap, a taken or unusable name; the model is then unchanged.
+    """
+
+    prefix = "lora_"
+
+    def __init__(self, model, config, adapter_name="default", *, autocast_adapter_dtype=True, meta=False):
+        super().__init__()
+        self.model = model
+        self.peft_config = {}
+        self._active = [adapter_name]
+        self._fused = []
+        self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, meta=meta)
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    @property
+    def active_adapters(self):
+        return list(self._active)
+
+    @property
+    def active_adapter(self):
+        return self._active[0] if len(self._active) == 1 else list(self._active)
+
+    def layers(self):
+        """The LoRA layers of the model."""
+        return [part for part in self._parts() if isinstance(part, LoraLayer)]
+
+    def _parts(self):
+        """The LoRA layers and the modules saved in full, in the order of the model; their inside is not walked."""
+        found, seen, stack = [], set(), [self.model]
+        while stack:
+            module = stack.pop()
+            if module is None or module in seen:
+                continue
+            seen.add(module)
+            if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+                found.append(module)
+            else:
+                stack.extend(reversed(module._modules.values()))
+        return found
+
+    # Adding and removing
+
+    def add_adapter(self, adapter_name, config, *, autocast_adapter_dtype=True, meta=False, targets=None):
+        """Adds an adapter; it is not made active, unless it is the first one."""
+        check_adapter_name(adapter_name)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name: '{adapter_name}' is taken; adapters: {list(self.peft_config)}")
+        if config.bias != "none" and self.peft_config:
+            raise ValueError(
+                f"bias: expected 'none' for a further adapter (base biases are shared), got {config.bias!r}"
+            )
+        targets = find_targets(self.model, config) if targets is None else targets
+        self._inject(adapter_name, targets, autocast_adapter_dtype, meta)
+        first = not self.peft_config
+        self.peft_config[adapter_name] = targets.config
+        if first:
+            self._freeze_base(targets.config.bias)
+        for _, wrapper in targets.saved:
+            if adapter_name in self._active:
+                wrapper.set_adapter(self._active, targets.config.inference_mode)
+
+    def _inject(self, adapter_name, targets, autocast_adapter_dtype, meta):
+        config, undo = targets.config, []
+        disabled = any(layer.disable_adapters for layer in self._parts())
+        try:
+            for target in targets.lora:
+                layer = target.module
+                if not isinstance(layer, LoraLayer):
+                    layer = target.layer_class(target.module)
+                    layer._active_adapter = self.active_adapters
+                    layer.enable_adapters(not disabled)
+                undo.append((layer._drop, adapter_name))
+                layer.update_layer(
+                    adapter_name,
+                    target.r,
+                    target.lora_alpha,
+                    lora_dropout=config.lora_dropout,
+                    init_lora_weights=config.init_lora_weights,
+                    use_rslora=config.use_rslora,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    inference_mode=config.inference_mode,
+                    device="meta" if meta else None,
+                )
+                self._replace(target.name, target.module, layer, undo)
+            for index, (name, module) in enumerate(targets.saved):
+                wrapper = module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module)
+                wrapper.enable_adapters(not disabled)
+                undo.append((wrapper.delete_adapter, adapter_name))
+                wrapper.add(adapter_name)
+                self._replace(name, module, wrapper, undo)
+                targets.saved[index] = (name, wrapper)
+            self._unfuse(undo)
+        except BaseException:
+            for function, *arguments in reversed(undo):
+                function(*arguments)
+            raise
+
+    def _unfuse(self, undo):
+        """Turns off torch's fused encoder path, which reads the weights of linear layers without calling them."""
+        for module in self.model.modules():
+            attribute = _FUSED.get(type(module))
+            value = getattr(module, attribute, 0) if attribute else 0
+            if value and any(isinstance(m, LoraLayer) for m in module.modules()):
+                undo.append((setattr, module, attribute, value))
+                undo.append((self._fused.remove, (module, attribute, value)))
+                self._fused.append((module, attribute, value))
+                setattr(module, attribute, type(value)(0))
+
+    def _replace(self, name, old, new, undo):
+        if new is not old:
+            path, _, attribute = name.rpartition(".")
+            parent = self.model.get_submodule(path)
+            undo.append((setattr, parent, attribute, old))
+            setattr(parent, attribute, new)
+
+    def _freeze_base(self, bias):
+        """Only the adapter trains, and the base biases that ``bias`` names."""
+        adapter = {id(p) for layer in self.layers() for n in layer.r for p in layer._parameters_of(n)}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) not in adapter:
+                parameter.requires_grad_(bias == "all" and (name == "bias" or name.endswith(".bias")))
+        for part in self._parts():
+            if isinstance(part, ModulesToSaveWrapper):
+                part.original_module.requires_grad_(False)
+            elif bias == "lora_only" and getattr(part.base_layer, "bias", None) is not None:
+                part.bias.requires_grad_(True)
+
+    def delete_adapter(self, adapter_name):
+        """Removes an adapter. ValueError when it is unknown or merged."""
+        self._known([adapter_name])
+        if any(adapter_name in layer.merged_adapters for layer in self.layers()):
+            raise ValueError(f"adapter_name: '{adapter_name}' is merged; unmerge it before deleting it")
+        for part in self._parts():
+            if isinstance(part, ModulesToSaveWrapper) or adapter_name in part.r:
+                part.delete_adapter(adapter_name)
+        del self.peft_config[adapter_name]
+        active = [n for n in self._active if n != adapter_name]
+        if not active and self.peft_config:
+            active = sorted(self.peft_config)[:1]
+            warnings.warn(f"'{adapter_name}' was active and is deleted; '{active[0]}' is active now", stacklevel=3)
+        if adapter_name in self._active:
+            self._activate(active)
+
+    def _known(self, names):
+        unknown = [n for n in names if n not in self.peft_config]
+        if unknown:
+            raise ValueError(f"adapter_name: no adapter {unknown}; adapters: {list(self.peft_config)}")
+
+    # Choosing
+
+    def set_adapter(self, adapter_name, inference_mode=False):
+        """Makes one adapter, or a list of them, active and (without ``inference_mode``) trainable.
+
+        Merged layers are unmerged first, with a warning. ValueError when a name is unknown.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        self._known(names)
+        for part in self._parts():
+            if isinstance(part, ModulesToSaveWrapper):
+                part.check_set_adapter(names)
+        if any(layer.merged for layer in self.layers()):
+            warnings.warn("set_adapter: the model is merged; it is unmerged first", stacklevel=3)
+            self.unmerge_adapter()
+        self._activate(names, inference_mode)
+
+    def _activate(self, names, inference_mode=False):
+        for part in self._parts():
+            part.set_adapter(names, inference_mode)
+        self._active = list(names)
+
+    def set_requires_grad(self, adapter_names, requires_grad=True):
+        """Freezes or unfreezes adapters, active or not."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._known(names)
+        for part in self._parts():
+            part.set_requires_grad(names, requires_grad)
+
+    def enable_adapter_layers(self):
+        """The adapters take part again."""
+        for part in self._parts():
+            part.enable_adapters(True)
+
+    def disable_adapter_layers(self):
+        """The model gives what it gave without adapters (but for base biases that were trained)."""
+        biased = [n for n in self._active if self.peft_config[n].bias != "none"]
+        if biased:
+            warnings.warn(f"adapters {biased} trained base biases, which stay as they are", stacklevel=3)
+        for part in self._parts():
+            part.enable_adapters(False)
+
+    # Merging
+
+    def merge_adapter(self, adapter_names=None, safe_merge=False, progressbar=False):
+        """Adds the updates of adapters (default: the active ones that are not merged) to the weights, in place.
+
+        After any error or interrupt, what had been merged is taken out again.
+
+        Raises:
+            ValueError: an adapter that is unknown or merged already, a weight that is tied, or, with ``safe_merge``,
+                weights that would not be finite (then nothing was written at all).
+        """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names: expected a list of str, got {adapter_names!r}")
+        layers = self.layers()
+        merged = {n for layer in layers for n in layer.merged_adapters}
+        names = [n for n in self._active if n not in merged] if adapter_names is None else list(adapter_names)
+        self._known(names)
+        taken = sorted(merged.intersection(self._active if adapter_names is None else names))
+        if taken and not (adapter_names is None and names):
+            raise ValueError(f"adapter_names: {taken} merged already; unmerge first")
+        work = {layer: layer.names_to_merge([n for n in names if n in layer.r]) for layer in layers}
+        work = {layer: found for layer, found in work.items() if found}
+        self._check_unshared(work)
+        if safe_merge:
+            paths = {module: path for path, module in self.model.named_modules()}
+            for layer, found in work.items():
+                if not layer.merge_is_finite(found):
+                    raise ValueError(f"safe_merge: merging {found} would leave Inf or NaN in '{paths[layer]}'")
+        self._all_or_none(list(work), lambda layer: layer.merge(adapter_names=work[layer]), progressbar)
+
+    def unmerge_adapter(self):
+        """Takes all merged updates out of the weights again."""
+        layers = [layer for layer in self.layers() if layer.merged]
+        if not layers:
+            warnings.warn("unmerge_adapter: no adapter is merged", stacklevel=3)
+        self._all_or_none(layers, lambda layer: layer.unmerge())
+
+    def switch_adapter(self, adapter_name):
+        """Replaces what is merged by ``adapter_name``, in one pass over each weight, and makes it active.
+
+        What is trainable stays as it is. ValueError when nothing is merged, or the adapter is unknown or merged.
+        """
+        self._known([adapter_name])
+        layers = self.layers()
+        if not any(layer.merged for layer in layers):
+            raise ValueError("switch_adapter: no adapter is merged; call merge_adapter() first")
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ValueError(f"adapter_name: '{adapter_name}' is merged already")
+        self._check_unshared([layer for layer in layers if layer.merged or adapter_name in layer.r])
+
+        def switch(layer):
+            if layer.merged and adapter_name in layer.r:
+                layer.switch(adapter_name)
+            elif layer.merged:
+                layer.unmerge()
+            elif adapter_name in layer.r:
+                layer.merge(adapter_names=[adapter_name])
+
+        self._all_or_none(layers, switch)
+        for part in self._parts():
+            part._active_adapter = [adapter_name]
+            if isinstance(part, LoraLayer):
+                part._reroute()
+        self._active = [adapter_name]
+
+    @staticmethod
+    def _all_or_none(layers, action, progressbar=False):
+        before = [(layer, layer.merge_state()) for layer in layers]
+        if progressbar:
+            from tqdm.auto import tqdm
+
+            layers = tqdm(layers, desc="Merging")
+        try:
+            for layer in layers:
+                action(layer)
+        except BaseException:
+            for layer, state in before:
+                layer.restore_merged(state)
+            raise
+
+    def _check_unshared(self, layers):
+        """A weight that two modules use (tied embeddings) can not take the update of one of them."""
+        users = {}
+        for path, module in self.model.named_modules():
+            for parameter in module._parameters.values():
+                users.setdefault(id(parameter), []).append(path.removesuffix(".base_layer"))
+        for layer in layers:
+            names = users[id(layer.weight)]
+            if len(names) > 1:
+                raise ValueError(
+                    f"modules {names} share one weight: merging would change all of them; give each its own first"
+                )
+
+    def merge_and_unload(self, progressbar=False, safe_merge=False, adapter_names=None):
+        """Merges and takes all wrappers away: returns the plain model, no module of ours left in it."""
+        if adapter_names is not None or set(self._active) - {n for x in self.layers() for n in x.merged_adapters}:
+            self.merge_adapter(adapter_names, safe_merge, progressbar)
+        return self.unload()
+
+    def unload(self):
+        """Takes all wrappers away without merging: returns the plain model."""
+        for name, part in [(n, m) for n, m in self.model.named_modules() if n]:
+            if isinstance(part, LoraLayer):
+                self._replace(name, part, part.base_layer, [])
+            elif isinstance(part, ModulesToSaveWrapper):
+                self._replace(name, part, part._current(), [])
+        for module, attribute, value in self._fused:
+            setattr(module, attribute, value)
+        self._fused = []
+        return self.model
