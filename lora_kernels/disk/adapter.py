@@ -1,0 +1,185 @@
+"""An adapter as the merge needs it: factors and scaling of each module, and the tensors it holds in full.
+
+Fields of ``adapter_config.json`` that ``LoraConfig`` refuses but a merge can honour (DoRA, ``lora_bias``) are read
+here; features whose update is no plain ``W + ΔW`` are refused by name.
+"""
+
+import contextlib
+import math
+import os
+import re
+from dataclasses import dataclass, field
+
+import torch
+
+from ..config import CONFIG_NAME, LoraConfig
+from ..io.checkpoint import CheckpointError, load_tensors
+from ..targeting import pattern_value
+
+PREFIX = "base_model.model."
+_FACTOR = re.compile(r"^(?P<path>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|"
+                     r"lora_embedding_B|lora_magnitude_vector(\.weight)?)$")  # fmt: skip
+_FOREIGN = re.compile(r"\.(lora_diag|lora_velora_embed|trainable_tokens_\w+|lora_\w*sampler\w*)(\.|$)")
+# Trained at start or end only: the saved adapter is an ordinary one.
+_INERT = ("eva_config", "loftq_config", "megatron_config", "megatron_core", "qalora_group_size")
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass
+class Module:
+    """The factors of one module: ``b`` (out, rank) times ``a`` (rank, in), as PEFT names and shapes them."""
+
+    path: str
+    a: torch.Tensor = None
+    b: torch.Tensor = None
+    b_bias: torch.Tensor = None
+    magnitude: torch.Tensor = None
+    is_embedding: bool = False
+    scaling: float = 0.0
+
+    @property
+    def rank(self):
+        return self.a.shape[0]
+
+
+@dataclass
+class Adapter:
+    """``modules``: path -> Module. ``full``: name of a tensor of the model -> (tensor, key in the adapter's file)."""
+
+    directory: str
+    config: LoraConfig
+    use_dora: bool
+    weight: float = 1.0
+    modules: dict = field(default_factory=dict)
+    full: dict = field(default_factory=dict)
+    nbytes: int = 0
+    dtypes: tuple = ()
+
+
+def read_adapter(directory, weight=1.0, check=True):
+    """The adapter in ``directory``.
+
+    Args:
+        weight: factor of its update.
+        check: refuse Inf and NaN.
+
+    Raises:
+        CheckpointError: files missing or damaged, unknown keys, wrong shapes or ranks, Inf or NaN, or a feature
+            that can not be merged.
+    """
+    directory = os.fspath(directory)
+    config, values = _read_config(directory)
+    tensors = load_tensors(directory)
+    if not tensors:
+        raise CheckpointError(f"{directory}: the adapter holds no tensors")
+    adapter = Adapter(directory, config, bool(values.get("use_dora")), weight)
+    adapter.nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
+    adapter.dtypes = tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))
+    problems = []
+    for key, tensor in sorted(tensors.items()):
+        if check and tensor.is_floating_point() and not tensor.isfinite().all():
+            problems.append(f"{key}: holds Inf or NaN")
+        problem = _place(adapter, key, tensor)
+        if problem:
+            problems.append(f"{key}: {problem}")
+    for module in adapter.modules.values():
+        problems += _finish(adapter, module)
+    if problems:
+        raise CheckpointError(f"{directory}: {'; '.join(problems[:8])}{more(problems)}")
+    return adapter
+
+
+def more(problems, shown=8):
+    return f"; and {len(problems) - shown} more" if len(problems) > shown else ""
+
+
+def _read_config(directory):
+    path = os.path.join(directory, CONFIG_NAME)
+    if not os.path.isfile(path):
+        raise CheckpointError(f"ADAPTER_DIR: no {CONFIG_NAME} in {directory}")
+    try:
+        values = LoraConfig.from_json_file(path)
+        init = values.get("init_lora_weights", True)
+        if init not in _PLAIN_INITS:
+            raise NotImplementedError(
+                f"init_lora_weights={init!r} changes the base weights that the adapter is relative to; save it with "
+                "peft's path_initial_model_for_weight_conversion and merge that"
+            )
+        dropped = {*_INERT, "use_dora", "lora_bias", "init_lora_weights"}
+        if "peft_type" not in values:
+            raise ValueError("expected the key 'peft_type'")
+        return LoraConfig.from_dict({k: v for k, v in values.items() if k not in dropped}), values
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _place(adapter, key, tensor):
+    """Files a tensor under its module; returns what is wrong with it, if anything."""
+    name = key.removeprefix(PREFIX)
+    foreign = _FOREIGN.search(name)
+    if foreign:
+        return f"{foreign.group(1)} can not be merged on disk"
+    match = _FACTOR.match(name)
+    if not match:
+        if ".lora_" in name:
+            return "unknown kind of LoRA tensor"
+        adapter.full[name.replace(".base_layer.", ".")] = (tensor, key)
+        return None
+    path, kind = match.group("path"), match.group("kind")
+    if ".base_layer" in path:
+        return "factors of a nested base_layer (nn.MultiheadAttention, target_parameters) can not be merged on disk"
+    if not tensor.is_floating_point():
+        return f"expected a floating dtype, got {tensor.dtype}"
+    module = adapter.modules.setdefault(path, Module(path))
+    if kind.startswith("lora_magnitude_vector"):
+        module.magnitude = tensor.reshape(-1)
+        return None
+    if kind == "lora_B.bias":
+        module.b_bias = tensor
+        return None if tensor.dim() == 1 else f"expected shape (out,), got {tuple(tensor.shape)}"
+    module.is_embedding = "embedding" in kind
+    is_a = kind.endswith(("lora_A.weight", "embedding_A"))
+    if tensor.dim() < 2 or (module.is_embedding and tensor.dim() != 2):
+        return f"expected a matrix, got shape {tuple(tensor.shape)}"
+    if is_a:
+        module.a = tensor.flatten(1)  # a convolution's (rank, channels, *kernel) included
+        return None
+    if tensor[0, 0].numel() != 1:
+        return f"expected shape (out, rank, 1, …), got {tuple(tensor.shape)}"
+    module.b = tensor.flatten(1)
+    return None
+
+
+def _finish(adapter, module):
+    """Checks that the parts of a module fit each other and the config; sets its scaling."""
+    path, config = module.path, adapter.config
+    for name, value in (("lora_A", module.a), ("lora_B", module.b)):
+        if value is None:
+            return [f"{path}: {name} is missing"]
+    rank = pattern_value(config.rank_pattern, path, config.r)
+    alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+    problems = []
+    if module.a.shape[0] != module.b.shape[1]:
+        problems.append(f"{path}: lora_A has rank {module.a.shape[0]}, lora_B {module.b.shape[1]}")
+    elif module.a.shape[0] != rank:
+        problems.append(f"{path}: expected rank {rank} (r or rank_pattern), got {module.a.shape[0]}")
+    if module.magnitude is not None and not adapter.use_dora:
+        problems.append(f"{path}: lora_magnitude_vector, but use_dora is false")
+    if module.magnitude is None and adapter.use_dora:
+        problems.append(f"{path}: use_dora, but lora_magnitude_vector is missing")
+    if module.magnitude is not None and module.magnitude.shape[0] != module.b.shape[0]:
+        problems.append(f"{path}: lora_magnitude_vector has {module.magnitude.shape[0]} elements, lora_B "
+                        f"{module.b.shape[0]} rows")  # fmt: skip
+    module.scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    return problems
+
+
+def fingerprint(directory):
+    """What identifies an adapter's files: name, size and time of change of each."""
+    found = {}
+    for name in sorted(os.listdir(directory)):
+        with contextlib.suppress(OSError):
+            state = os.stat(os.path.join(directory, name))
+            if name == CONFIG_NAME or name.startswith("adapter_model."):
+                found[name] = [state.st_size, state.st_mtime_ns]
+    return found
