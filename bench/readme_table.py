@@ -1,0 +1,77 @@
+"""Rewrites the table of figures in README.md from bench/results/*.json (made by `lora_kernels bench --json`).
+
+python bench/readme_table.py            # writes
+python bench/readme_table.py --check    # exit code 1 when README.md is not what the results say
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+
+
+def table(folder):
+    """Markdown of all result files, newest run last; a line that says so where there is none."""
+    parts = [_table(path) for path in sorted(folder.glob("*.json"))]
+    return "\n\n".join(parts) or "No results are committed yet: `python -m lora_kernels bench --json FILE`."
+
+
+def _table(path):
+    found = json.loads(path.read_text())
+    commit = (found["commit"] or "unknown")[:12]
+    dropped = "-dirty" if (found["commit"] or "").endswith("-dirty") else ""
+    lines = [
+        f"`bench/results/{path.name}`: {found['cpu']['model']}, {found['threads']} threads, torch "
+        f"{found['versions']['torch']}, PEFT {found['versions'].get('peft') or 'not installed'}, "
+        f"commit {commit}{dropped}, {found['date'][:10]}.",
+        "",
+    ]
+    if found["targets"]:
+        lines += ["| case | what | bound | measured | |", "|---|---|---|---|---|"]
+        for target in found["targets"]:
+            sign = "≥" if target["at_least"] else "≤"
+            measured = "-" if target["measured"] is None else f"{target['measured']:.2f}"
+            verdict = {None: "not run", True: "pass", False: "missed"}[target["met"]]
+            lines.append(
+                f"| {target['case']} | {target['what']} | {sign} {target['bound']:.2f} | {measured} | {verdict} |"
+            )
+    else:
+        lines += ["| case | ours | `addmm_` / base | PEFT / base | ours / base | limit |", "|---|---|---|---|---|---|"]
+        for result in found["results"]:
+            ratios = [_ratio(result["best"], name) for name in ("addmm_", "peft", "ours")]
+            limit = "-" if result["limit"] is None else f"{result['limit']:.2f}"
+            ours = f"{result['best']['ours'] * 1e3:.3f} ms"
+            lines.append(f"| {result['name']} | {ours} | {' | '.join(ratios)} | {limit} |")
+    return "\n".join(lines)
+
+
+def _ratio(best, name):
+    return f"{best[name] / best['base']:.2f}" if name in best else "-"
+
+
+def rewritten(readme, figures):
+    """The README with the block between the markers replaced."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README.md: expected the markers {BEGIN} and {END}, once each")
+    head, rest = readme.split(BEGIN)
+    return f"{head}{BEGIN}\n{figures}\n{END}{rest.split(END)[1]}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 when the table is stale")
+    args = parser.parse_args(argv)
+    path = ROOT / "README.md"
+    before = path.read_text()
+    after = rewritten(before, table(ROOT / "bench" / "results"))
+    if args.check:
+        return 0 if after == before else 1
+    path.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""The command line: usage, check, bench, demo."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from lora_kernels import ops
+from lora_kernels.__main__ import COMMANDS, main
+from lora_kernels.bench import cases, targets
+from lora_kernels.bench.contenders import contenders
+
+
+@pytest.mark.parametrize("argv", [[], ["frobnicate"], ["--help"]])
+def test_usage_lists_the_commands(argv, capsys):
+    assert main(argv) == (0 if argv == ["--help"] else 2)
+    output = capsys.readouterr()
+    for name in COMMANDS:
+        assert name in output.out + output.err
+
+
+def test_every_command_exists(capsys):
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            main([name, "--help"])
+        assert stopped.value.code == 0
+        assert "usage" in capsys.readouterr().out
+
+
+def test_check_passes(capsys):
+    assert main(["check"]) == 0
+    assert "0 failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["wrong", "nan", "raises"])
+def test_check_fails_when_an_op_is_broken(fault, monkeypatch, capsys):
+    real = ops.merge_
+
+    def broken(weight, lora_a, lora_b, scaling):
+        if fault == "raises":
+            raise RuntimeError("no such kernel")
+        return real(weight, lora_a, lora_b, 1.01 * scaling if fault == "wrong" else float("nan"))
+
+    monkeypatch.setattr(ops, "merge_", broken)
+    assert main(["check", "--backend", "reference"]) == 1
+    output = capsys.readouterr().out
+    assert "reference on cpu, merge_, float32" in output
+    assert "unmerge_, " not in output.partition(" failed, ")[2]
+
+
+def test_check_of_a_backend_that_can_not_run(capsys):
+    assert main(["check", "--backend", "triton"]) == 1
+    assert "triton" in capsys.readouterr().out
+
+
+def test_bench_writes_json_and_plot(tmp_path, capsys):
+    json_file, plot_file = tmp_path / "bench.json", tmp_path / "sub" / "bench.png"
+    argv = ["bench", "--suite", "quick", "--seconds", "0.05", "--json", str(json_file)]
+    if importlib.util.find_spec("matplotlib"):
+        argv += ["--plot", str(plot_file)]
+    assert main(argv) == 0
+    found = json.loads(json_file.read_text())
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["cpu"]["model"]
+    assert found["threads"] == torch.get_num_threads()
+    assert found["date"]
+    assert len(found["results"]) == len(cases.suite("quick"))
+    assert all(result["ours/base"] > 0 for result in found["results"])
+    assert not importlib.util.find_spec("matplotlib") or plot_file.stat().st_size > 0
+    assert "ours/base" in capsys.readouterr().out
+
+
+def test_bench_targets_exit_code(monkeypatch, capsys):
+    case = cases.suite("quick")[0]
+    met = targets.Target(case, "ours / base", 1e9, targets._ours)
+    missed = targets.Target(case, "ours / base", 0.0, targets._ours)
+    for found, code in (([met], 0), ([met, missed], 1)):
+        monkeypatch.setattr("lora_kernels.bench.run.targets", lambda found=found: found)
+        assert main(["bench", "--suite", "targets", "--seconds", "0.05"]) == code
+    assert "MISS" in capsys.readouterr().out
+
+
+def test_bench_refuses_bad_numbers(capsys):
+    for argv in (["--tokens", "0"], ["--seconds", "0"], ["--threads", "0"], ["--shape", "nowhere"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["bench", *argv])
+        assert stopped.value.code == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_contenders_do_the_same_work(op, monkeypatch):
+    """Each contender of a case gives the same result, where it gives one that can be seen."""
+    monkeypatch.setitem(cases.SHAPES, "tiny", (24, 16))
+    case = cases.Case(op, "4x4" if op == "overhead" else "tiny", 16, 4, "float32")
+    with contenders(case) as runs:
+        assert {"base", "ours"} <= set(runs)
+        results = {name: run() for name, run in runs.items()}
+    if op in ("forward", "multi"):
+        # the weights are copies of one, so whose turn it is does not matter
+        for name in set(results) - {"base", "ours"}:
+            torch.testing.assert_close(results[name], results["ours"])
+
+
+def test_suites():
+    for name in ("quick", "default", "full"):
+        found = cases.suite(name)
+        assert len({case.name for case in found}) == len(found)
+    assert {case.num_tokens for case in cases.suite("full") if case.op == "forward"} == set(cases.NUM_TOKENS)
+    with pytest.raises(ValueError, match="suite"):
+        cases.suite("nowhere")
+    assert {target.case.op for target in targets.targets()} == set(cases.OPS)

@@ -1,0 +1,478 @@
+"""The life of adapters in a model: any sequence of calls against plain torch, and failures half-way."""
+
+import copy
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import nn
+
+from lora_kernels import ops
+from lora_kernels.config import LoraConfig
+from lora_kernels.layers import LoraLayer, ModulesToSaveWrapper
+from lora_kernels.model import PeftModel, get_peft_model
+
+from .models import randomize, tiny, token_ids
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TARGETS = [["q_proj", "v_proj"], ["q_proj"], ["embed", "v_proj"], ["layers.1.q_proj", "head"]]
+NAMES = ["a", "b", "c"]
+
+
+class Oracle:
+    """The model and its adapters as plain tensors: W + Σ s B A, kept in float64."""
+
+    def __init__(self, model):
+        self.base = copy.deepcopy(model).double()
+        self.adapters, self.active, self.disabled = {}, [], False
+        self.merged = []
+
+    def learn(self, name, model):
+        entries = {}
+        for path, layer in model.get_base_model().named_modules():
+            if isinstance(layer, LoraLayer) and name in layer.r:
+                if name in layer.lora_A:
+                    delta = layer.lora_B[name].weight.double() @ layer.lora_A[name].weight.double()
+                else:
+                    delta = (layer.lora_embedding_B[name].double() @ layer.lora_embedding_A[name].double()).T
+                entries[path] = delta.detach() * layer.lora_alpha[name] / layer.r[name]
+        self.adapters[name] = entries
+
+    def __call__(self, ids):
+        model = copy.deepcopy(self.base)
+        if not self.disabled:
+            for name in dict.fromkeys([*self.active, *self.merged]):
+                for path, delta in self.adapters[name].items():
+                    with torch.no_grad():
+                        model.get_submodule(path).weight.add_(delta)
+        return model(ids)
+
+
+class Lifecycle(RuleBasedStateMachine):
+    """Names that are taken, unknown or merged are part of the game: each must raise and change nothing."""
+
+    @initialize(where=st.sampled_from(TARGETS), seed=st.integers(0, 99))
+    def start(self, where, seed):
+        base = tiny(seed)
+        self.oracle = Oracle(base)
+        self.model = get_peft_model(base, LoraConfig(r=3, lora_alpha=5, target_modules=where), "a").eval()
+        self._learn("a", seed)
+        self.oracle.active = ["a"]
+
+    def _learn(self, name, seed):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for key, parameter in self.model.named_parameters():
+                if "lora_" in key and f".{name}" in key:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        self.oracle.learn(name, self.model)
+
+    @rule(name=st.sampled_from(NAMES), where=st.sampled_from(TARGETS), r=st.integers(1, 5), seed=st.integers(0, 99))
+    def add(self, name, where, r, seed):
+        config = LoraConfig(r=r, lora_alpha=4, target_modules=where)
+        if name in self.oracle.adapters:
+            with pytest.raises(ValueError, match="taken"):
+                self.model.add_adapter(name, config)
+        else:
+            self.model.add_adapter(name, config)
+            self._learn(name, seed)
+
+    @rule(names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True))
+    def choose(self, names):
+        if set(names) - set(self.oracle.adapters):
+            with pytest.raises(ValueError, match="no adapter"):
+                self.model.set_adapter(names)
+        else:
+            self.model.set_adapter(names)
+            self.oracle.active, self.oracle.merged = names, []
+
+    @rule(names=st.none() | st.lists(st.sampled_from(NAMES), min_size=1, max_size=2, unique=True), safe=st.booleans())
+    def merge(self, names, safe):
+        wanted = [n for n in self.oracle.active if n not in self.oracle.merged] if names is None else names
+        unknown = set(wanted) - set(self.oracle.adapters)
+        taken = set(wanted) & set(self.oracle.merged)
+        nothing_left = names is None and self.oracle.active and not wanted
+        if unknown or taken or nothing_left:
+            with pytest.raises(ValueError, match=r"no adapter|merged already"):
+                self.model.merge_adapter(names, safe_merge=safe)
+        else:
+            self.model.merge_adapter(names, safe_merge=safe)
+            self.oracle.merged += wanted
+
+    @rule()
+    def unmerge(self):
+        self.model.unmerge_adapter()
+        self.oracle.merged = []
+
+    @rule(name=st.sampled_from(NAMES))
+    def switch(self, name):
+        known, merged = name in self.oracle.adapters, self.oracle.merged
+        if known and merged and name not in merged:
+            self.model.switch_adapter(name)
+            self.oracle.active, self.oracle.merged = [name], [name]
+        else:
+            with pytest.raises(ValueError, match=r"no adapter|merge"):
+                self.model.switch_adapter(name)
+
+    @rule(name=st.sampled_from(NAMES))
+    def delete(self, name):
+        if name in self.oracle.adapters and name not in self.oracle.merged:
+            self.model.delete_adapter(name)
+            del self.oracle.adapters[name]
+            was_active = name in self.oracle.active
+            self.oracle.active = [n for n in self.oracle.active if n != name]
+            if was_active and not self.oracle.active:
+                self.oracle.active = sorted(self.oracle.adapters)[:1]
+        else:
+            with pytest.raises(ValueError, match=r"no adapter|is merged"):
+                self.model.delete_adapter(name)
+
+    @rule(enabled=st.booleans())
+    def enable(self, enabled):
+        self.model.enable_adapter_layers() if enabled else self.model.disable_adapter_layers()
+        self.oracle.disabled = not enabled
+
+    @rule()
+    def copy_whole(self):
+        self.model = copy.deepcopy(self.model)
+
+    @rule()
+    def pickle_whole(self):
+        self.model = pickle.loads(pickle.dumps(self.model))
+
+    @precondition(lambda self: not self.oracle.merged)
+    @rule(name=st.sampled_from(NAMES))
+    def write_to_disk_and_back(self, name):
+        import tempfile
+
+        if name in self.oracle.adapters:
+            with tempfile.TemporaryDirectory() as folder:
+                self.model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+                path = folder if name == "default" else f"{folder}/{name}"
+                training = self.model.training
+                self.model.load_adapter(path, "from_disk")
+                self.model.delete_adapter("from_disk")
+                assert self.model.training == training
+
+    @invariant()
+    def agrees_with_plain_torch(self):
+        assert set(self.model.peft_config) == set(self.oracle.adapters)
+        assert self.model.active_adapters == self.oracle.active
+        with torch.no_grad():
+            torch.testing.assert_close(
+                self.model(token_ids()).double(), self.oracle(token_ids()), rtol=2e-3, atol=2e-4, check_dtype=False
+            )
+
+    def teardown(self):
+        if not hasattr(self, "model"):
+            return
+        self.model.enable_adapter_layers()
+        self.oracle.disabled = False
+        plain = self.model.merge_and_unload() if self.oracle.active else self.model.unload()
+        assert not any(type(m).__module__.startswith("lora_kernels") for m in plain.modules())
+        torch.testing.assert_close(plain(token_ids()).double(), self.oracle(token_ids()), rtol=2e-3, atol=2e-4)
+
+
+TestLifecycle = Lifecycle.TestCase
+TestLifecycle.settings = settings(
+    max_examples=40, stateful_step_count=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+
+def wrapped(targets=("q_proj", "v_proj"), names=("default", "b"), **values):
+    model = get_peft_model(tiny(), LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), **values), names[0])
+    for name in names[1:]:
+        model.add_adapter(name, LoraConfig(r=2, lora_alpha=3, target_modules=list(targets)))
+    return randomize(model).eval()
+
+
+def weights(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
+@pytest.mark.parametrize("op", ["merge", "unmerge", "switch"])
+def test_failure_half_way_unwinds(monkeypatch, op, error):
+    model = wrapped()
+    if op != "merge":
+        model.merge_adapter()
+    before, expected = weights(model), model(token_ids())
+    merged = [layer.merged_adapters for layer in model.base_model.layers()]
+    plain, calls = getattr(ops, f"{op}_"), []
+
+    def failing(*args, **kwargs):
+        calls.append(op)
+        if len(calls) == 3:
+            raise error
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(ops, f"{op}_", failing)
+    with pytest.raises(type(error)):
+        {"merge": model.merge_adapter, "unmerge": model.unmerge_adapter, "switch": lambda: model.switch_adapter("b")}[
+            op
+        ]()
+    assert [layer.merged_adapters for layer in model.base_model.layers()] == merged
+    assert model.active_adapters == ["default"]
+    for name, value in weights(model).items():
+        torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(token_ids()), expected)
+
+
+def test_safe_merge_of_nan_touches_no_weight():
+    model = wrapped()
+    with torch.no_grad():
+        model.base_model.layers()[-1].lora_B["default"].weight[0, 0] = float("nan")
+    before = weights(model)
+    for call in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"layers\.1\.v_proj"):
+            call(safe_merge=True)
+        assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+        assert isinstance(model.base_model.layers()[0], LoraLayer)
+
+
+def test_disable_adapter_is_a_context_and_nests():
+    model, base = wrapped(modules_to_save=["head"]), tiny()
+    expected = base(token_ids())
+    model.merge_adapter()
+    before = weights(model)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(token_ids()), expected)
+        with model.disable_adapter():
+            pass
+        torch.testing.assert_close(model(token_ids()), expected)
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    with pytest.raises(KeyError), model.disable_adapter():
+        raise KeyError
+    assert not torch.allclose(model(token_ids()), expected)
+
+
+def test_unload_gives_back_the_very_model():
+    base = tiny()
+    modules = list(base.named_modules())
+    expected = base(token_ids())
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "embed"]))
+    assert model.unload() is base
+    assert list(base.named_modules()) == modules
+    assert torch.equal(base(token_ids()), expected)
+
+
+def test_merge_and_unload_keeps_the_module_that_was_saved_in_full():
+    model = wrapped(modules_to_save=["head"])
+    expected = model(token_ids())
+    plain = model.merge_and_unload(progressbar=True, safe_merge=True)
+    torch.testing.assert_close(plain(token_ids()), expected)
+    assert not any(isinstance(m, (LoraLayer, ModulesToSaveWrapper, PeftModel)) for m in plain.modules())
+    assert type(plain.head) is nn.Linear
+
+
+def test_unloaded_model_loads_where_this_package_is_not_installed(tmp_path):
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["0", "1"], modules_to_save=["3"]))
+    randomize(model)
+    ids = torch.arange(5)
+    expected = model(ids)
+    plain = model.merge_and_unload()
+    torch.save({"model": plain, "ids": ids, "expected": expected.detach()}, tmp_path / "model.pt")
+    code = f"""
+        import sys
+        sys.modules["lora_kernels"] = None
+        import torch
+        saved = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+        torch.testing.assert_close(saved["model"](saved["ids"]), saved["expected"])
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=tmp_path)
+
+
+def test_modules_to_save_follow_the_active_adapter():
+    model = wrapped(names=("default",), modules_to_save=["head"])
+    model.add_adapter("b", LoraConfig(target_modules=["q_proj"], modules_to_save=["head"]))
+    model.add_adapter("c", LoraConfig(target_modules=["q_proj"]))
+    wrapper = model.get_base_model().head
+    for name, current in (("b", "b"), ("default", "default"), ("c", None)):
+        model.set_adapter(name)
+        chosen = wrapper.original_module if current is None else wrapper.modules_to_save[current]
+        assert wrapper.weight is chosen.weight
+        trainable = {n for n, m in wrapper.modules_to_save.items() if m.weight.requires_grad}
+        assert trainable == {current} - {None}
+    with pytest.raises(ValueError, match="only one"):
+        model.set_adapter(["default", "b"])
+    model.set_adapter("b")
+    model.delete_adapter("default")
+    assert list(wrapper.modules_to_save) == ["b"]
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    torch.testing.assert_close(copied(token_ids()), model(token_ids()))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.add_adapter("default", LoraConfig(target_modules=["q_proj"])), "taken"),
+        (lambda m: m.add_adapter("x.y", LoraConfig(target_modules=["q_proj"])), "adapter_name"),
+        (lambda m: m.add_adapter("x", LoraConfig(target_modules=["nowhere"])), "nowhere"),
+        (lambda m: m.add_adapter("x", LoraConfig(target_modules=["q_proj"], bias="all")), "bias"),
+        (lambda m: m.set_adapter("x"), "no adapter"),
+        (lambda m: m.set_adapter(["default", "x"]), "no adapter"),
+        (lambda m: m.delete_adapter("x"), "no adapter"),
+        (lambda m: m.merge_adapter(["x"]), "no adapter"),
+        (lambda m: m.set_requires_grad("x"), "no adapter"),
+        (lambda m: m.switch_adapter("b"), "no adapter is merged"),
+    ],
+)
+def test_bad_calls_are_named_and_change_nothing(call, message):
+    model = wrapped()
+    tree, expected = list(model.named_modules()), model(token_ids())
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        call(model)
+    assert list(model.named_modules()) == tree
+    assert list(model.peft_config) == ["default", "b"]
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model(token_ids()), expected)
+
+
+def test_merging_twice_and_deleting_merged_are_refused():
+    model = wrapped()
+    model.merge_adapter()
+    before = weights(model)
+    for call in (
+        model.merge_adapter,
+        lambda: model.merge_adapter(["default"]),
+        lambda: model.delete_adapter("default"),
+        lambda: model.switch_adapter("default"),
+    ):
+        with pytest.raises(ValueError, match="merged"):
+            call()
+    assert all(torch.equal(v, before[k]) for k, v in weights(model).items())
+
+
+@pytest.mark.parametrize("targets", ["q_proj", "layers.0.q_proj"])
+def test_tied_weights_are_not_merged_into(targets):
+    base = tiny()
+    base.layers[1].q_proj.weight = base.layers[0].q_proj.weight
+    model = randomize(get_peft_model(base, LoraConfig(target_modules=[targets])))
+    before = weights(model)
+    with pytest.raises(ValueError, match="share one weight"):
+        model.merge_adapter()
+    assert all(torch.equal(v, before[k]) for k, v in weights(model).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_training_lowers_the_loss_and_leaves_the_base(dtype, dropout):
+    config = LoraConfig(r=8, lora_dropout=dropout, target_modules=["embed", "q_proj", "v_proj"])
+    model = get_peft_model(tiny(dtype=dtype), config).train()
+    ids, labels = token_ids(), torch.randint(0, 5, (3, 4))
+    before = weights(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-2)
+    losses = []
+    for _ in range(40):
+        loss = nn.functional.cross_entropy(model(ids).float().flatten(0, 1), labels.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(torch.equal(v, before[k]) for k, v in weights(model).items())
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_wrapped_model_compiles_whole(train):
+    model = wrapped(targets=("embed", "q_proj", "v_proj"))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(train):
+        y = compiled(token_ids())
+    torch.testing.assert_close(y, model(token_ids()))
+    if train:
+        y.square().sum().backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        model.zero_grad()
+        model(token_ids()).square().sum().backward()
+        for grad, parameter in zip(grads, (p for p in model.parameters() if p.requires_grad), strict=True):
+            torch.testing.assert_close(grad, parameter.grad)
+
+
+def test_a_compiled_model_follows_every_change():
+    model = wrapped()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    steps = [
+        lambda: None,
+        lambda: model.set_adapter("b"),
+        lambda: model.set_adapter(["b", "default", "b"]),
+        model.merge_adapter,
+        model.disable_adapter_layers,
+        model.unmerge_adapter,
+        model.enable_adapter_layers,
+        lambda: model.delete_adapter("b"),
+        lambda: randomize(model, 9),
+    ]
+    with torch.no_grad():
+        for step in steps:
+            step()
+            torch.testing.assert_close(compiled(token_ids()), model(token_ids()))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_torchs_fused_encoder_does_not_pass_the_adapters_by(mask):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    base = nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 2)})
+    x = torch.randn(2, 3, 16)
+    padding = torch.tensor([[False] * 3, [False, False, True]]) if mask else None
+    kept = slice(None), slice(0, 2 if mask else 3)
+    model = randomize(get_peft_model(base, LoraConfig(r=4, target_modules=["linear1", "linear2"])))
+    trained = model.train().encoder(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        got = model.eval().encoder(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(got[kept], trained[kept])
+    plain = copy.deepcopy(model).merge_and_unload().eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain.encoder(x, src_key_padding_mask=padding)[kept], got[kept])
+    assert plain.encoder.layers[0].activation_relu_or_gelu == 1
+    assert plain.encoder.use_nested_tensor
+
+
+def test_gradient_checkpointing():
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    base = transformers.BertModel(transformers.BertConfig(**size, vocab_size=50))
+    ids = torch.ones(2, 3, dtype=torch.long)
+    grads = []
+    for reentrant in (None, False, True):
+        model = copy.deepcopy(base)
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model = randomize(get_peft_model(model, LoraConfig(r=2, lora_dropout=0.3))).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout) and module.p == 0.1:
+                module.p = 0.0
+        torch.manual_seed(0)
+        model(input_ids=ids).last_hidden_state.square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    for other in grads[1:]:
+        for one, two in zip(grads[0], other, strict=True):
+            torch.testing.assert_close(one, two)
+
+
+def test_attributes_reach_through():
+    model = wrapped()
+    assert model.head is model.base_model.model.head
+    assert model.get_base_model() is model.base_model.model
+    assert model.active_adapter == "default"
+    assert model.active_peft_config is model.peft_config["default"]
+    assert model.modules_to_save is None
+    with pytest.raises(AttributeError):
+        _ = model.no_such_thing
+    trained, total = model.get_nb_trainable_parameters()
+    assert 0 < trained < total
+
+
+def test_print_trainable_parameters(capsys):
+    model = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out == "trainable params: 128 || all params: 1,509 || trainable%: 8.4824\n"

@@ -1,0 +1,81 @@
+"""Peak memory, as the operating system counts it: native scratch shows here, which torch's profiler does not see."""
+
+import subprocess
+import sys
+
+import pytest
+
+SIZE = 4096  # weight of 64 MiB in float32
+SETUP = f"""
+import resource, torch, lora_kernels as lk
+import torch.nn.functional as F
+from lora_kernels import ops
+
+torch.manual_seed(0)
+torch.set_num_threads(2)
+a, b, s = torch.randn(16, {SIZE}), torch.randn({SIZE}, 16), torch.tensor(0.5)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+
+def small_calls(run):
+    run(torch.randn(64, 64), torch.randn(16, 64), torch.randn(64, 16), torch.randn(8, 64))
+"""
+RUNS = {
+    "merge_": "ops.merge_(w, a, b, s)",
+    "merge_ safe": "ops.merge_(w, a, b, s, safe=True)",
+    "unmerge_": "ops.unmerge_(w, a, b, s)",
+    "switch_": "ops.switch_(w, (a, b, s), (a, b, 1.5))",
+    "lora_linear": "ops.lora_linear(x, w, None, a, b, s)",
+    "multi_lora_linear": "ops.multi_lora_linear(x, w, None, [a], [b], torch.ones(1), ops.plan_batch([0] * len(x)))",
+}
+
+
+def run(code):
+    result = subprocess.run([sys.executable, "-c", SETUP + code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return float(result.stdout)
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_temporary_of_the_size_of_the_weight(name, dtype):
+    grown = run(
+        f"""
+def call(w, a, b, x):
+    {RUNS[name]}
+
+small_calls(call)  # libraries and thread pools take their memory now
+w, x = (torch.empty(n, {SIZE}, dtype=torch.{dtype}).normal_() for n in ({SIZE}, 8))
+before = peak()
+with torch.no_grad():
+    call(w, a, b, x)
+print(peak() - before)
+"""
+    )
+    assert grown < 16
+
+
+def test_a_temporary_would_be_seen():
+    code = f"w = torch.randn({SIZE}, {SIZE}); before = peak(); w += b @ a; print(peak() - before)"
+    assert run(code) > 60
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_training_peak_is_no_higher_than_pefts(dropout):
+    pytest.importorskip("peft")
+    step = f"""
+import peft
+from torch import nn
+
+model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(2)])
+config = dict(r=16, target_modules=["0", "1"], lora_dropout={dropout})
+model = LIBRARY.get_peft_model(model, LIBRARY.LoraConfig(**config))
+x = torch.randn(4096, 1024)
+before = peak()
+for _ in range(2):
+    model(x).square().mean().backward()
+print(peak() - before)
+"""
+    ours, theirs = run(step.replace("LIBRARY", "lk")), run(step.replace("LIBRARY", "peft"))
+    assert ours <= theirs * 1.02, (ours, theirs)
