@@ -21,6 +21,9 @@ def _samples():
     base = (multi.x, multi.weight, multi.bias)
     lists = ([*multi.a_bank.unbind()], [*multi.b_bank.unbind()])
     grads = [[torch.zeros_like(t) for t in group] for group in lists]
+    half_adapter = (a.to(torch.bfloat16), b.to(torch.bfloat16), torch.tensor(2.0))
+    merged = weight.clone()
+    body, _ = library.op("merge_exact_")(merged, a, b, s)
     shrunk = library.op("lora_shrink")(multi.x, multi.a_bank, plan.slot_ranks, *rows, False)
     return {
         "lora_linear": [(*case.args(), None, False), (*sliced.args(), [10, 6], True)],
@@ -46,6 +49,9 @@ def _samples():
         "merge_": [(weight.clone(), a, b, s, -1.0)],
         "merge_is_finite": [(weight, a, b, s, 1.0)],
         "switch_": [(weight.clone(), a, b, s, a, b, s)],
+        "merge_exact_": [(weight.clone(), a, b, s)],
+        "unmerge_exact_": [(merged.clone(), a, b, s, body)],
+        "switch_exact_": [(merged.clone(), a, b, s, *half_adapter, body)],
         "dropout_mask": [(seed, 5, 20, 0.25)],
     }
 
