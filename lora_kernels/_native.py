@@ -48,8 +48,8 @@ def cuda_problem() -> str | None:
 
 
 def load_cuda() -> bool:
-    """Loads the CUDA ops where they were built and there is a device; true when they can be called. From then on
-    torch's dispatcher prefers them for CUDA tensors."""
+    """Loads the CUDA ops where they were built and there is a device; true when they can be called. ops/cuda_choice.py
+    decides when they are."""
     global _cuda_tried, cuda_available, cuda_reason
     if _cuda_tried:
         return cuda_available

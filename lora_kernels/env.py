@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from . import _native
+from .ops import triton_backend
 
 VARIABLES = {
     "LORA_KERNELS_BACKEND": ("auto", "backend of every op: auto, reference, cpu, triton, cuda"),
@@ -105,7 +106,7 @@ def _built() -> dict:
 
 
 def _backends() -> dict[str, dict]:
-    problem = _native.cuda_problem()
+    problem, triton_problem = _native.cuda_problem(), triton_backend.problem()
     isa = _ISA_LEVELS[torch.ops.lora_kernels._cpu_isa()] if _native.cpu_available else None
     return {
         "reference": {"available": True, "detail": "plain torch, every device"},
@@ -117,7 +118,10 @@ def _backends() -> dict[str, dict]:
             "available": problem is None,
             "detail": problem or f"merge_ alone, and only when asked for ({NEVER_RUN})",
         },
-        "triton": {"available": False, "detail": "this version has no Triton kernels"},
+        "triton": {
+            "available": triton_problem is None,
+            "detail": triton_problem or f"only when asked for ({NEVER_RUN})",
+        },
     }
 
 

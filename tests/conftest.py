@@ -1,10 +1,30 @@
-"""Shared by all tests: one seed, and the backends that can run here."""
+"""Shared by all tests: one seed, the backends that can run here, and Triton's interpreter where there is no GPU."""
+
+import importlib.util
+import os
 
 import pytest
 import torch
 
-import lora_kernels as lk
-from lora_kernels.ops import dispatch
+
+def _define_triton_kernels_for_the_interpreter():
+    """Triton decides when it and a kernel are imported whether the kernel will be compiled or interpreted. Other
+    processes that the tests start do not inherit the choice."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        knobs = importlib.import_module("triton").knobs
+        importlib.import_module("lora_kernels.ops.triton_backend").kernels()
+        knobs.propagate_env, knobs.runtime.interpret = False, True
+        knobs.propagate_env = True
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+
+
+if "TRITON_INTERPRET" not in os.environ and importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    _define_triton_kernels_for_the_interpreter()
+
+import lora_kernels as lk  # noqa: E402
+from lora_kernels.ops import dispatch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

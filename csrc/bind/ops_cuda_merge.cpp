@@ -1,5 +1,6 @@
 // merge_ for CUDA tensors on LibTorch's stable ABI: checks, pointers, the current stream, one
-// launch.
+// launch. Registered under the namespace lora_kernels_cuda: ops/cuda_choice.py picks between it and
+// Triton.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -85,4 +86,4 @@ void merge_(Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scaling, double 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) { m.impl("merge_", TORCH_BOX(&merge_)); }
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels_cuda, CUDA, m) { m.impl("merge_", TORCH_BOX(&merge_)); }

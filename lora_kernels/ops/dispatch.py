@@ -1,7 +1,8 @@
 """Which backend runs an op, and why.
 
-``auto`` leaves the choice to torch's dispatcher: the native kernel of the tensor's device where one is
-registered, the reference otherwise. A backend that is named is the one that runs, or the call raises.
+``auto`` leaves the choice to torch's dispatcher: for CPU tensors the native kernel where one is registered, for
+CUDA tensors what ``cuda_choice.py`` picks, the reference otherwise. A backend that is named is the one that runs, or
+the call raises.
 The choice is a plain module global, not a ContextVar: it must not break ``torch.compile(fullgraph=True)``.
 """
 
@@ -10,7 +11,7 @@ import functools
 import os
 
 from .. import _native
-from . import library
+from . import cuda_choice, library, triton_backend
 from .exact.reference import KERNELS as _exact_kernels
 from .linear.reference import KERNELS as _linear_kernels
 from .merge.reference import KERNELS as _merge_kernels
@@ -32,9 +33,8 @@ def _counted(name, kernel):
 _kernels = {**_linear_kernels, **_multi_kernels, **_merge_kernels, **_exact_kernels}
 REFERENCE = {name: _counted(name, kernel) for name, kernel in _kernels.items()}
 HANDLES = {name: library.op(name) for name in library.SCHEMAS}
-# CUDA kernels that no GPU has run yet: they run when asked for by name, never under ``auto``.
-UNPROVEN_ON_CUDA = frozenset({"merge_"})
 library.register_reference(REFERENCE)
+cuda_choice.register(REFERENCE, lambda: forced)
 _native.load()
 
 forced = None
@@ -49,9 +49,7 @@ def unavailable(backend):
         return None
     if backend == "cpu":
         return None if _native.cpu_available else _native.cpu_reason
-    if backend == "cuda":
-        return _native.cuda_problem()
-    return "this version has no Triton kernels"
+    return _native.cuda_problem() if backend == "cuda" else triton_backend.problem()
 
 
 def _named(backend, origin):
@@ -90,29 +88,37 @@ def _set(backend, invariant):
     before = forced, batch_invariant
     forced = backend
     batch_invariant = batch_invariant if invariant is None else bool(invariant)
-    check_first = forced is not None or not library.has_kernel("lora_linear", "cpu")
+    check_first = forced is not None or not library.has_cpu_kernel("lora_linear")
     return before
 
 
 def select(name, tensor):
     """The callable that runs op ``name`` for ``tensor`` under the present setting."""
-    if forced is not None:
-        return pick(name, tensor)
-    if tensor.is_cuda and name in UNPROVEN_ON_CUDA:
-        return REFERENCE[name]
-    return HANDLES[name]
+    return HANDLES[name] if forced is None else pick(name, tensor)
 
 
 def pick(name, tensor):
     """The callable of the forced backend (``forced`` is not None); it never falls back."""
     if forced == "reference":
         return REFERENCE[name]
-    device = "cpu" if forced == "cpu" else "cuda"
+    device = "cpu" if forced == "cpu" or (forced == "triton" and triton_backend.interpreted()) else "cuda"
     if tensor.device.type != device:
         raise RuntimeError(f"{name}: backend {forced!r} runs on {device} tensors, got one on {tensor.device}")
-    if not library.has_kernel(name, device):
+    if device == "cuda":
+        return HANDLES[name]  # cuda_choice.py refuses what the backend can not run
+    if forced == "triton":
+        return functools.partial(_interpret, name)
+    if not library.has_cpu_kernel(name):
         raise RuntimeError(f"{name}: backend {forced!r} has no kernel for this op")
     return HANDLES[name]
+
+
+def _interpret(name, *args):
+    """A Triton kernel on CPU tensors, in Triton's interpreter."""
+    reason = triton_backend.refusal(name, args)
+    if reason is not None:
+        raise RuntimeError(f"{name}: backend 'triton' can not run this call: {reason}")
+    return triton_backend.kernels()[name](*args)
 
 
 _set(

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import dispatch, library
+from . import cuda_choice, dispatch, library, triton_backend
 
 _CPU_PATHS = {
     "stream": "own kernel: the weight is read once and the update joins in registers",
@@ -12,14 +12,30 @@ _CPU_PATHS = {
 }
 
 
-def _choice(device_type):
-    """What ``auto`` takes for tensors of a device, by op."""
-    unproven = dispatch.UNPROVEN_ON_CUDA if device_type == "cuda" else ()
-    native = [name for name in library.SCHEMAS if library.has_kernel(name, device_type) and name not in unproven]
-    if not native:
+def _cpu_choice():
+    """What ``auto`` takes for CPU tensors, by op."""
+    missing = sorted(name for name in library.SCHEMAS if not library.has_cpu_kernel(name))
+    if len(missing) == len(library.SCHEMAS):
         return "reference"
-    missing = sorted(set(library.SCHEMAS) - set(native))
-    return device_type + (f", but reference for {', '.join(missing)}" if missing else "")
+    return "cpu" + (f", but reference for {', '.join(missing)}" if missing else "")
+
+
+def _cuda_choice():
+    """What ``auto`` takes for CUDA tensors, by op, as far as that does not depend on the call."""
+    proven = {b: sorted(names) for b, names in cuda_choice.PROVEN.items() if names and dispatch.unavailable(b) is None}
+    first = "".join(f"{backend} for {', '.join(names)}, then " for backend, names in proven.items())
+    return f"{first}reference"
+
+
+def _gpu_kernels(backend):
+    """What a GPU backend has and what of that no GPU has run."""
+    if backend == "triton":
+        names = set(triton_backend.kernels())
+        where = ["    in Triton's interpreter, on CPU tensors"] if triton_backend.interpreted() else []
+    else:
+        names, where = {name for name in library.SCHEMAS if library.has_cuda_kernel(name)}, []
+    unproven = ", ".join(sorted(names - cuda_choice.PROVEN[backend]))
+    return where + ([f"    {unproven}: {cuda_choice.UNPROVEN}"] if unproven else [])
 
 
 def _cpu_paths():
@@ -39,15 +55,16 @@ def explain():
     """
     setting = dispatch.forced or "auto"
     lines = [f"backend setting: {setting}; batch_invariant: {'on' if dispatch.batch_invariant else 'off'}"]
-    lines.append(f"auto runs: cpu tensors on {_choice('cpu')}; cuda tensors on {_choice('cuda')}")
+    lines.append(f"auto runs: cpu tensors on {_cpu_choice()}; cuda tensors on {_cuda_choice()}")
     for backend in dispatch.BACKENDS[1:]:
         reason = dispatch.unavailable(backend)
         lines.append(f"{backend}: {'can run' if reason is None else 'can not run: ' + reason}")
         if backend == "cpu" and reason is None:
             lines += _cpu_paths()
-        if backend == "cuda" and reason is None:
-            unproven = ", ".join(sorted(dispatch.UNPROVEN_ON_CUDA))
-            lines.append(f"    {unproven}: compiled, not yet run on hardware; runs only when asked for by name")
+        if backend in cuda_choice.PREFERENCE and reason is None:
+            lines += _gpu_kernels(backend)
+    for (name, backend, why), count in sorted(cuda_choice.calls.items()):
+        lines.append(f"cuda tensors, {name}: {backend} ran {count} calls{f' ({why})' if why else ''}")
     if dispatch.reference_calls:
         ran = ", ".join(f"{name} {count}" for name, count in sorted(dispatch.reference_calls.items()))
         lines.append(f"reference ran: {ran} calls; no native kernel for those tensors, or it was asked for")

@@ -73,9 +73,13 @@ SCHEMAS = {
 }
 
 NAMESPACE = "lora_kernels"
+# The C++ CUDA kernels, beside which Triton's live: ``cuda_choice.py`` picks. Never called through but from there.
+CUDA_NAMESPACE = "lora_kernels_cuda"
 _library = torch.library.Library(NAMESPACE, "DEF")
+_cuda_library = torch.library.Library(CUDA_NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _cuda_library.define(_name + _schema)
 
 
 def op(name):
@@ -89,9 +93,25 @@ def register_reference(kernels):
         _library.impl(name, kernel, "CompositeExplicitAutograd")
 
 
-def has_kernel(name, device_type):
-    """Whether a native kernel of the op is registered for ``"cpu"`` or ``"cuda"`` tensors."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device_type.upper())
+def register_cuda(kernels):
+    """Registers ``{name: function}`` for CUDA tensors."""
+    for name, kernel in kernels.items():
+        _library.impl(name, kernel, "CUDA")
+
+
+def has_cpu_kernel(name):
+    """Whether a C++ kernel of the op is registered for CPU tensors."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
+
+
+def has_cuda_kernel(name):
+    """Whether the C++ library, once loaded, has a kernel of the op for CUDA tensors."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{CUDA_NAMESPACE}::{name}", "CUDA")
+
+
+def cuda_op(name):
+    """The overload under which the C++ CUDA kernel of an op is registered."""
+    return getattr(getattr(torch.ops, CUDA_NAMESPACE), name).default
 
 
 def _fake(name):

@@ -1,0 +1,106 @@
+"""Which Triton kernel and which tiles run ``lora_linear``: a pure function of sizes, dtype and GPU.
+
+Three paths. ``decode`` (few rows): the weight streams once, tokens are the narrow operand, K may be split.
+``one_pass`` (small rank): x Wᵀ and x Aᵀ in one K loop. ``two_pass``: h first, then a GEMM whose last K steps are the
+update. A file ``tuned/<GPU>.json`` written by ``python -m lora_kernels tune`` overrides the rules shape by shape.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+
+TUNED = Path(__file__).parent / "tuned"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Path and tiles. ``split_k`` is used by ``decode``; ``tma`` by ``two_pass``; ``group_m`` by both GEMMs."""
+
+    path: str
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split_k: int = 1
+    tma: bool = False
+    group_m: int = 8
+
+
+def block_rank(rank, least=16):
+    """Columns of h that one block holds: a power of two, as a tensor core needs it."""
+    return min(64, max(least, 1 << (rank - 1).bit_length()))
+
+
+def choose(num_tokens, in_features, out_features, rank, itemsize, capability, *, num_sms=132, batch_invariant=False):
+    """The :class:`Config` for a call. Pure.
+
+    Args:
+        num_tokens, in_features, out_features, rank: M, K, N, R.
+        itemsize: bytes of an element of x.
+        capability: (major, minor) of the GPU; (0, 0) for the interpreter, which gets small tiles.
+        num_sms: multiprocessors, for splitting K.
+        batch_invariant: nothing may depend on num_tokens.
+    """
+    if capability == (0, 0):
+        return _interpreter(num_tokens, rank, batch_invariant)
+    if itemsize == 4:
+        return Config("two_pass", 64, 64, 32, 4, 2)
+    large_memory = capability in ((8, 0), (9, 0), (10, 0), (10, 3))  # 160 KiB or more of shared memory a block
+    if batch_invariant:
+        return Config("two_pass", 64, 128, 64 if large_memory else 32, 4, 3)
+    if num_tokens <= 64:
+        return _few_rows(num_tokens, in_features, out_features, rank, num_sms, large_memory)
+    wgmma = capability >= (9, 0) and large_memory
+    if num_tokens <= 512 and rank <= 16:
+        return Config(
+            "one_pass", 64 if num_tokens <= 256 else 128, 128, 64 if wgmma else 32, 4 if num_tokens <= 256 else 8, 3
+        )
+    if not wgmma:
+        return Config("two_pass", 128, 128, 32, 8, 3 if large_memory else 2)
+    if num_tokens <= 512:
+        return Config("two_pass", 128, 128, 64, 8, 3, tma=True)
+    return Config("two_pass", 128, 256, 64, 8, 3, tma=True)
+
+
+def _few_rows(num_tokens, in_features, out_features, rank, num_sms, large_memory):
+    block_m = 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
+    if rank > 64:
+        return Config("two_pass", block_m, 64, 64, 4, 4)
+    tiles = -(-out_features // 64)
+    # A slice of K shorter than 12 steps of 128 costs more than it gains.
+    split = max(1, min(num_sms // tiles if tiles else 1, in_features // 1536, 8))
+    return Config("decode", block_m, 64, 128 if large_memory else 64, 4, 3, split_k=split)
+
+
+def _interpreter(num_tokens, rank, batch_invariant):
+    """Small tiles, so that small tensors have several and tails; every path is reached."""
+    if batch_invariant:
+        return Config("two_pass", 16, 32, 32, 4, 1)
+    if num_tokens <= 16 and rank <= 64:
+        return Config("decode", 16, 32, 32, 4, 1, split_k=3)
+    if rank <= 16:
+        return Config("one_pass", 16, 32, 32, 4, 1, group_m=2)
+    return Config("two_pass", 32, 32, 32, 4, 1, tma=True, group_m=2)
+
+
+def key(num_tokens, in_features, out_features, rank, itemsize):
+    """Key of a shape in a tuned file: rows and rank in powers of two."""
+    rows = 1 << max(0, num_tokens - 1).bit_length()
+    return f"M{rows} N{out_features} K{in_features} R{block_rank(rank)} B{itemsize}"
+
+
+def file_of(gpu):
+    """The tuned file of a GPU by its name, whether it exists or not."""
+    return TUNED / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
+
+
+@functools.cache
+def tuned(gpu):
+    """``{key: Config}`` measured on this GPU; empty where nothing was."""
+    path = file_of(gpu)
+    if not path.is_file():
+        return {}
+    return {shape: Config(**values) for shape, values in json.loads(path.read_text())["configs"].items()}

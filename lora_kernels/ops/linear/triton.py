@@ -1,0 +1,154 @@
+"""``lora_linear``, ``lora_linear_out`` and ``lora_add_`` on Triton: which kernels, which grids. See triton_kernels.py.
+
+Nothing here waits for the GPU, and every size comes from the host: the calls can be captured in a CUDA graph.
+"""
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .. import triton_host as host
+from . import config, triton_kernels
+
+
+def _strides(tensor):
+    return (0,) if tensor is None else tensor.stride()
+
+
+def _padded(rank):
+    """(columns of a block of h, columns of h a slice): the fewest columns, then the fewest blocks."""
+    widths = (16, 32, 64)
+    block = min(widths, key=lambda width: (-(-rank // width) * width, -width))
+    return block, -(-rank // block) * block
+
+
+def config_of(x, out_features, rank, batch_invariant):
+    """The configuration of a call: measured on this GPU where it was, else by rule."""
+    sizes = (x.shape[0], x.shape[1], out_features, rank, x.element_size())
+    if not host.INTERPRETED and not batch_invariant:
+        measured = config.tuned(torch.cuda.get_device_name(x.device)).get(config.key(*sizes))
+        if measured is not None:
+            return measured
+    return config.choose(*sizes, host.capability(x), num_sms=host.num_sms(x), batch_invariant=batch_invariant)
+
+
+def shrink(x, lora_a, scaling, dtype, *, block_m=None, pdl=False):
+    """U = s · x Aᵀ (M, S · padded rank) in ``dtype``, zero in the padding; lora_a (S, R, K)."""
+    num_slices, rank, _ = lora_a.shape
+    _, padded = _padded(rank)
+    u = torch.empty((x.shape[0], num_slices * padded), dtype=dtype, device=x.device)
+    few = x.shape[0] <= 64 if block_m is None else False
+    block_m = block_m or (16 if x.shape[0] <= 2048 else 64)
+    block_h, block_k = 16 if few else min(64, _padded(rank)[0]), 32 if host.INTERPRETED else 128
+    grid = (-(-x.shape[0] // block_m), -(-u.shape[1] // block_h))
+    triton_kernels.shrink_kernel[grid](
+        u, x, lora_a, scaling, x.shape[0], x.shape[1], u.shape[1], rank, padded,
+        u.stride(0), *x.stride(), *lora_a.stride(),
+        EVEN_K=x.shape[1] % block_k == 0, PRECISION=host.precision(x, lora_a), UPCAST=host.upcast(x, lora_a, u),
+        PDL=pdl, BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_K=block_k, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return u
+
+
+def run(y, x, weight, bias, lora_a, lora_b, scaling, out_splits, tiles):
+    """y = x Wᵀ + bias + s · (x Aᵀ) Bᵀ with the given :class:`~.config.Config`."""
+    if y.numel() == 0:
+        return
+    a = lora_a.unsqueeze(0) if lora_a.dim() == 2 else lora_a
+    launch = {"decode": _decode, "one_pass": _one_pass, "two_pass": _two_pass}[tiles.path]
+    low = "ieee" if x.dtype == torch.float32 else "tf32x3"
+    switches = {
+        "WIDTHS": tuple(out_splits or ()),
+        "NUM_SLICES": len(out_splits or ()),
+        "HAS_BIAS": bias is not None,
+        "EVEN_K": x.shape[1] % tiles.block_k == 0,
+        "PRECISION": host.precision(x),
+        "LOW_PRECISION": low,
+        "UPCAST": host.upcast(x, lora_a, lora_b),
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+    launch(y, x, weight, bias, a, lora_b, scaling, out_splits, tiles, switches)
+
+
+def _tiles_n(weight, out_splits, block_n):
+    return sum(-(-width // block_n) for width in out_splits or (weight.shape[0],))
+
+
+def _one_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, switches):
+    tiles_n = _tiles_n(weight, out_splits, tiles.block_n)
+    triton_kernels.one_pass_kernel[(-(-x.shape[0] // tiles.block_m) * tiles_n,)](
+        y, x, weight, bias, a, b, scaling, x.shape[0], weight.shape[0], x.shape[1], a.shape[1],
+        *y.stride(), *x.stride(), *weight.stride(), *_strides(bias), *a.stride(), *b.stride(), tiles_n,
+        BLOCK_R=config.block_rank(a.shape[1]), GROUP_M=tiles.group_m, **switches,
+    )  # fmt: skip
+
+
+def _two_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, switches):
+    pdl = host.has_pdl(x)
+    block_r, padded = _padded(a.shape[1])
+    u = shrink(x, a, scaling, b.dtype, pdl=pdl)
+    tiles_n = _tiles_n(weight, out_splits, tiles.block_n)
+    programs = min(-(-x.shape[0] // tiles.block_m) * tiles_n, host.num_sms(x))
+    tma = tiles.tma and host.tma_ready(x, weight, u)
+    blocks = ((x, tiles.block_m, tiles.block_k), (weight, tiles.block_n, tiles.block_k), (u, tiles.block_m, block_r))
+    operands = [TensorDescriptor.from_tensor(t, [r, c]) if tma else t for t, r, c in blocks]
+    triton_kernels.two_pass_kernel[(programs,)](
+        y, *operands, bias, b, x.shape[0], weight.shape[0], x.shape[1], a.shape[1], padded,
+        *y.stride(), *x.stride(), *weight.stride(), u.stride(0), *_strides(bias), *b.stride(), tiles_n,
+        TMA=tma, PDL=pdl, BLOCK_R=block_r, GROUP_M=tiles.group_m, NUM_PROGRAMS=programs,
+        **switches, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+
+
+def _decode(y, x, weight, bias, a, b, scaling, out_splits, tiles, switches):
+    split, pdl = tiles.split_k, tiles.split_k > 1 and host.has_pdl(x)
+    num_rows, out_features = y.shape
+    planes = torch.empty((split, *y.shape), dtype=torch.float32, device=y.device) if split > 1 else None
+    tiles_n = _tiles_n(weight, out_splits, tiles.block_n)
+    # Rows of A are the wide operand of a tensor core: 64 of them, or the stream of products is serialised.
+    block_r = config.block_rank(a.shape[1], 16 if host.INTERPRETED else 64)
+    triton_kernels.decode_kernel[(tiles_n, split)](
+        y, planes, x, weight, bias, a, b, scaling, num_rows, out_features, x.shape[1], a.shape[1],
+        *y.stride(), *x.stride(), *weight.stride(), *_strides(bias), *a.stride(), *b.stride(),
+        PDL=pdl, BLOCK_R=block_r, SPLIT=split, **switches,
+    )  # fmt: skip
+    if split > 1:
+        block_m, block_n = min(16, tiles.block_m), 128
+        triton_kernels.sum_splits_kernel[(-(-out_features // block_n), -(-num_rows // block_m))](
+            y, planes, bias, num_rows, out_features, *y.stride(), *_strides(bias),
+            HAS_BIAS=bias is not None, PDL=pdl, UPCAST=switches["UPCAST"], SPLIT=split,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+
+
+def lora_linear_out(out, x, weight, bias, lora_a, lora_b, scaling, out_splits, batch_invariant):
+    tiles = config_of(x, weight.shape[0], lora_a.shape[-2], batch_invariant)
+    run(out, x, weight, bias, lora_a, lora_b, scaling, out_splits, tiles)
+
+
+def lora_linear(x, weight, bias, lora_a, lora_b, scaling, out_splits, batch_invariant):
+    y = x.new_empty((x.shape[0], weight.shape[0]))
+    lora_linear_out(y, x, weight, bias, lora_a, lora_b, scaling, out_splits, batch_invariant)
+    return y
+
+
+def lora_add_(y, x, lora_a, lora_b, scaling, batch_invariant):
+    if y.numel() == 0:
+        return
+    a, pdl = lora_a.unsqueeze(0), host.has_pdl(x)
+    block_r, padded = _padded(lora_a.shape[0])
+    u = shrink(x, a, scaling, lora_b.dtype, block_m=16 if batch_invariant else None, pdl=pdl)
+    block_m, block_n = (16, 32) if host.INTERPRETED else (64 if batch_invariant or y.shape[0] > 32 else 16, 128)
+    tiles_n = -(-y.shape[1] // block_n)
+    triton_kernels.expand_kernel[(-(-y.shape[0] // block_m) * tiles_n,)](
+        y, u, lora_b, *y.shape, lora_a.shape[0], padded, *y.stride(), u.stride(0), *lora_b.stride(), tiles_n,
+        PDL=pdl, LOW_PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3", UPCAST=host.upcast(x, lora_b, y),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r, num_warps=4, num_stages=2,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+
+
+KERNELS = {"lora_linear": lora_linear, "lora_linear_out": lora_linear_out, "lora_add_": lora_add_}

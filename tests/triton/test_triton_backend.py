@@ -1,0 +1,96 @@
+"""The Triton backend in dispatch: reasons, refusals, and the choice on CUDA tensors."""
+
+import pytest
+import torch
+
+import lora_kernels as lk
+from lora_kernels.ops import cuda_choice, dispatch, library, triton_backend
+from lora_kernels.testing import make_linear
+
+
+def test_reasons_why_it_can_not_run(monkeypatch):
+    monkeypatch.setattr(triton_backend, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    triton_backend.device_problem.cache_clear()
+    assert "Tesla T4 has compute capability 7.5, 8.0 or newer" in triton_backend.problem()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    triton_backend.device_problem.cache_clear()
+    assert triton_backend.problem() is None
+    triton_backend.device_problem.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton_backend.problem() == "torch finds no CUDA device"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "has no CUDA support" in triton_backend.problem()
+
+
+@pytest.mark.parametrize(("version", "reason"), [("3.5.1", "too old, 3.6 or newer"), ("3.6.0", None), ("3.10.0", None)])
+def test_versions(version, reason, monkeypatch):
+    triton_backend._package_problem.cache_clear()
+    monkeypatch.setattr(triton_backend.importlib.metadata, "version", lambda package: version)
+    found = triton_backend._package_problem()
+    monkeypatch.undo()
+    triton_backend._package_problem.cache_clear()
+    assert found is None if reason is None else reason in found
+
+
+def test_without_the_package(monkeypatch):
+    triton_backend._package_problem.cache_clear()
+    monkeypatch.setattr(triton_backend.importlib.util, "find_spec", lambda name: None)
+    reason = dispatch.unavailable("triton")
+    with pytest.raises(RuntimeError, match="backend 'triton' can not run here: triton is not installed"):
+        lk.use_backend("triton").__enter__()
+    monkeypatch.undo()
+    triton_backend._package_problem.cache_clear()
+    assert reason.startswith("triton is not installed")
+
+
+def test_a_call_that_it_can_not_run_is_refused_by_name(monkeypatch, device):
+    case = make_linear(3, 16, 8, 2, device=device)
+    monkeypatch.setattr(triton_backend, "_refused", lambda: {"lora_linear": lambda *args: "not on a Tuesday"})
+    with pytest.raises(RuntimeError, match="lora_linear: backend 'triton' can not run this call: not on a Tuesday"):
+        lk.ops.lora_linear(*case.args())
+    monkeypatch.setattr(triton_backend, "kernels", dict)
+    with pytest.raises(RuntimeError, match="has no kernel for this op"):
+        lk.ops.lora_linear(*case.args())
+
+
+def test_what_no_gpu_has_run_is_not_chosen():
+    able = {"cuda": None, "triton": None}
+    assert cuda_choice.choose("lora_linear", able, {"cuda": set(), "triton": set()})[0] == "reference"
+    assert cuda_choice.choose("lora_linear", able, {"cuda": set(), "triton": {"lora_linear"}})[0] == "triton"
+    both = {"cuda": {"lora_linear"}, "triton": {"lora_linear"}}
+    assert cuda_choice.choose("lora_linear", able, both) == ("cuda", "")
+    refused = {"cuda": "rank 9 is odd", "triton": None}
+    assert cuda_choice.choose("lora_linear", refused, both) == ("triton", "cuda: rank 9 is odd")
+
+
+@pytest.mark.parametrize("forced", [None, "reference", "triton", "cuda"])
+def test_the_function_on_the_cuda_key(forced, monkeypatch):
+    """What runs on CUDA tensors, with stand-ins for the backends: the chosen one and no other, or a refusal."""
+    monkeypatch.setattr(cuda_choice, "calls", {})
+    monkeypatch.setattr(cuda_choice, "run", lambda backend, name, args: backend)
+    refusals = {"triton": None, "cuda": "not built (no nvcc at build time)"}
+    monkeypatch.setattr(cuda_choice, "refusal", lambda backend, name, args: refusals[backend])
+    chosen = cuda_choice._chooser("lora_linear", lambda *args: "reference", lambda: forced)
+    if forced == "cuda":
+        with pytest.raises(RuntimeError, match=r"lora_linear: backend 'cuda' can not run this call: not built"):
+            chosen(1)
+        return
+    assert chosen(1) == ("triton" if forced == "triton" else "reference")
+    assert "cuda tensors, lora_linear: " in lk.explain()
+    if forced is None:
+        assert "not yet run on hardware" in lk.explain()
+
+
+def test_every_op_has_the_function_on_the_cuda_key():
+    for name in library.SCHEMAS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_kernels::{name}", "CUDA"), name
+
+
+def test_static_cases_are_named_once():
+    names = [case.name for module in triton_backend.modules() for case in getattr(module, "STATIC_CASES", list)()]
+    assert len(names) == len(set(names))
