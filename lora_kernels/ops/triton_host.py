@@ -3,6 +3,7 @@
 Importing this imports Triton; ``triton_backend.py`` does that only when a Triton kernel is asked for.
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -19,30 +20,52 @@ def upcast(*tensors):
 
 
 def precision(*tensors):
-    """``input_precision`` of ``tl.dot``. Two float32 operands are never cut to tf32; where a half and a float32
-    operand meet in float32, three tf32 products keep all bits that count."""
+    """``input_precision`` of ``tl.dot``. Two float32 operands are never cut to tf32. Where a half and a float32 operand
+    meet in float32, tf32 keeps 10 bits: more than bfloat16's 7; for float16's 10 it takes three products."""
     dtypes = {tensor.dtype for tensor in tensors}
-    return "ieee" if dtypes == {torch.float32} else "tf32x3" if torch.float32 in dtypes else "tf32"
+    if dtypes == {torch.float32}:
+        return "ieee"
+    return "tf32x3" if dtypes == {torch.float32, torch.float16} else "tf32"
 
 
 @functools.cache
-def _capability(index):
-    return torch.cuda.get_device_capability(index)
+def _properties(index):
+    properties = torch.cuda.get_device_properties(index)
+    return properties.name, (properties.major, properties.minor), properties.multi_processor_count
+
+
+# (name, capability, multiprocessors) that ``pretend`` sets: the static gate launches without a GPU.
+_pretended = ("interpreter", (0, 0), 4) if INTERPRETED else None
+
+
+def _gpu(tensor):
+    return _pretended or _properties(tensor.device.index)
+
+
+def gpu_name(tensor):
+    """Name of the tensor's GPU."""
+    return _gpu(tensor)[0]
 
 
 def capability(tensor):
     """(major, minor) of the tensor's GPU; (0, 0) in the interpreter."""
-    return (0, 0) if INTERPRETED else _capability(tensor.device.index)
-
-
-@functools.cache
-def _num_sms(index):
-    return torch.cuda.get_device_properties(index).multi_processor_count
+    return _gpu(tensor)[1]
 
 
 def num_sms(tensor):
     """Multiprocessors of the tensor's GPU; 4 in the interpreter, so that persistent kernels loop there too."""
-    return 4 if INTERPRETED else _num_sms(tensor.device.index)
+    return _gpu(tensor)[2]
+
+
+@contextlib.contextmanager
+def pretend(capability, num_sms=132):
+    """In the block every tensor counts as being on such a GPU."""
+    global _pretended
+    before, _pretended = _pretended, ("pretended", capability, num_sms)
+    try:
+        yield
+    finally:
+        _pretended = before
 
 
 def has_pdl(tensor):
@@ -64,28 +87,17 @@ def tma_ready(*tensors):
 
 @dataclasses.dataclass(frozen=True)
 class StaticCase:
-    """One production configuration of a kernel, compiled ahead of time by ``lora_kernels.testing.static_gate``.
+    """A call whose kernels ``lora_kernels.testing.static_gate`` compiles ahead of time, just as the launcher asks.
 
     Attributes:
-        name: unique, ``"linear.one_pass bf16 r16 128x256"``.
-        kernel: the ``triton.jit`` function.
-        types: types of the arguments that are no constexpr, in the order of the kernel: ``"*bf16"``, ``"i32"``,
-            ``"i64"``, ``"fp32"``, ``"tensordesc<bf16[128, 64]>"``; one text, separated by ``"; "``.
-        constants: the constexpr arguments by name; an argument that is None or 1 belongs here too.
-        unaligned: names of pointers and integers that are not known to be multiples of 16.
-        num_warps, num_stages, pdl: launch options.
-        mma: what the matrix products must become: ``"wgmma"`` (sm_80 mma.sync, sm_90 wgmma, sm_100 tcgen05),
-            ``"mma"`` (mma.sync suffices everywhere) or ``"none"``.
-        archs: compute capabilities to compile for.
+        name: unique, ``"lora_linear bf16 M8192 r16"``.
+        call: function of no argument that runs a launcher on tensors of the device ``"meta"``, of production sizes.
+        mma: what the matrix products of a kernel must become, by the kernel's name: ``"wide"`` (mma.sync on sm_80,
+            wgmma on sm_90, tcgen05 on sm_100), ``"mma"`` (any of these; the default) or ``"none"``.
+        archs: compute capabilities, as 10 · major + minor.
     """
 
     name: str
-    kernel: object
-    types: str
-    constants: dict
-    unaligned: tuple = ()
-    num_warps: int = 4
-    num_stages: int = 3
-    pdl: bool = False
-    mma: str = "mma"
+    call: object
+    mma: dict = dataclasses.field(default_factory=dict)
     archs: tuple = (80, 90, 100)

@@ -34,7 +34,19 @@ def block_rank(rank, least=16):
     return min(64, max(least, 1 << (rank - 1).bit_length()))
 
 
-def choose(num_tokens, in_features, out_features, rank, itemsize, capability, *, num_sms=132, batch_invariant=False):
+def choose(
+    num_tokens,
+    in_features,
+    out_features,
+    rank,
+    itemsize,
+    capability,
+    *,
+    num_sms=132,
+    batch_invariant=False,
+    aligned=True,
+    mixed=False,
+):
     """The :class:`Config` for a call. Pure.
 
     Args:
@@ -43,6 +55,8 @@ def choose(num_tokens, in_features, out_features, rank, itemsize, capability, *,
         capability: (major, minor) of the GPU; (0, 0) for the interpreter, which gets small tiles.
         num_sms: multiprocessors, for splitting K.
         batch_invariant: nothing may depend on num_tokens.
+        aligned: whether x and weight can be read 16 bytes at a time; else every element needs its own address.
+        mixed: float32 adapters on a half-precision base: products of the low-rank part take more registers.
     """
     if capability == (0, 0):
         return _interpreter(num_tokens, rank, batch_invariant)
@@ -50,29 +64,33 @@ def choose(num_tokens, in_features, out_features, rank, itemsize, capability, *,
         return Config("two_pass", 64, 64, 32, 4, 2)
     large_memory = capability in ((8, 0), (9, 0), (10, 0), (10, 3))  # 160 KiB or more of shared memory a block
     if batch_invariant:
-        return Config("two_pass", 64, 128, 64 if large_memory else 32, 4, 3)
+        return Config("two_pass", 64, 128, 32, 8, 2)
     if num_tokens <= 64:
-        return _few_rows(num_tokens, in_features, out_features, rank, num_sms, large_memory)
+        step = 32 if not aligned or (mixed and capability < (9, 0)) else 128 if large_memory and not mixed else 64
+        return _few_rows(num_tokens, in_features, out_features, rank, num_sms, step, 3 if aligned else 2)
+    if not aligned:
+        return Config("two_pass", 128, 128, 32, 8, 2)
     wgmma = capability >= (9, 0) and large_memory
-    if num_tokens <= 512 and rank <= 16:
-        return Config(
-            "one_pass", 64 if num_tokens <= 256 else 128, 128, 64 if wgmma else 32, 4 if num_tokens <= 256 else 8, 3
-        )
+    if num_tokens <= 512 and rank <= 16 and not mixed:
+        block_m, num_warps = (64, 4) if num_tokens <= 256 else (128, 8)
+        return Config("one_pass", block_m, 128, 64 if wgmma else 32, num_warps, 3)
+    if mixed and not wgmma:
+        return Config("two_pass", 64, 64, 32, 4, 2)
     if not wgmma:
         return Config("two_pass", 128, 128, 32, 8, 3 if large_memory else 2)
-    if num_tokens <= 512:
+    if num_tokens <= 512 or mixed:
         return Config("two_pass", 128, 128, 64, 8, 3, tma=True)
     return Config("two_pass", 128, 256, 64, 8, 3, tma=True)
 
 
-def _few_rows(num_tokens, in_features, out_features, rank, num_sms, large_memory):
+def _few_rows(num_tokens, in_features, out_features, rank, num_sms, block_k, num_stages):
     block_m = 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
     if rank > 64:
-        return Config("two_pass", block_m, 64, 64, 4, 4)
+        return Config("two_pass", block_m, 64, min(block_k, 64), 4, num_stages)
     tiles = -(-out_features // 64)
     # A slice of K shorter than 12 steps of 128 costs more than it gains.
     split = max(1, min(num_sms // tiles if tiles else 1, in_features // 1536, 8))
-    return Config("decode", block_m, 64, 128 if large_memory else 64, 4, 3, split_k=split)
+    return Config("decode", block_m, 64, block_k, 4, num_stages, split_k=split)
 
 
 def _interpreter(num_tokens, rank, batch_invariant):

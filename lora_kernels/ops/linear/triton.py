@@ -21,48 +21,58 @@ def _padded(rank):
     return block, -(-rank // block) * block
 
 
-def config_of(x, out_features, rank, batch_invariant):
+def config_of(x, weight, lora_a, lora_b, batch_invariant):
     """The configuration of a call: measured on this GPU where it was, else by rule."""
-    sizes = (x.shape[0], x.shape[1], out_features, rank, x.element_size())
-    if not host.INTERPRETED and not batch_invariant:
-        measured = config.tuned(torch.cuda.get_device_name(x.device)).get(config.key(*sizes))
+    sizes = (*x.shape, weight.shape[0], lora_a.shape[-2], x.element_size())
+    mixed = x.dtype not in (lora_a.dtype, torch.float32) or x.dtype != lora_b.dtype
+    aligned = _aligned(x) and _aligned(weight)
+    if aligned and not (mixed or batch_invariant):
+        measured = config.tuned(host.gpu_name(x)).get(config.key(*sizes))
         if measured is not None:
             return measured
-    return config.choose(*sizes, host.capability(x), num_sms=host.num_sms(x), batch_invariant=batch_invariant)
+    rules = {"batch_invariant": batch_invariant, "aligned": aligned, "mixed": mixed}
+    return config.choose(*sizes, host.capability(x), num_sms=host.num_sms(x), **rules)
 
 
-def shrink(x, lora_a, scaling, dtype, *, block_m=None, pdl=False):
+def _aligned(tensor):
+    """Whether the tensor can be read 16 bytes at a time, along rows or along columns."""
+    steps = sorted(tensor.stride())
+    return steps[0] <= 1 and steps[1] * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+def shrink(x, lora_a, scaling, dtype, *, batch_invariant=False, pdl=False):
     """U = s · x Aᵀ (M, S · padded rank) in ``dtype``, zero in the padding; lora_a (S, R, K)."""
     num_slices, rank, _ = lora_a.shape
-    _, padded = _padded(rank)
+    block, padded = _padded(rank)
     u = torch.empty((x.shape[0], num_slices * padded), dtype=dtype, device=x.device)
-    few = x.shape[0] <= 64 if block_m is None else False
-    block_m = block_m or (16 if x.shape[0] <= 2048 else 64)
-    block_h, block_k = 16 if few else min(64, _padded(rank)[0]), 32 if host.INTERPRETED else 128
+    few = x.shape[0] <= 2048 or batch_invariant
+    block_m, block_h = 16 if few else 64, 16 if x.shape[0] <= 64 or batch_invariant else block
+    # Three tf32 products, or an address for each element, take too many registers for a long step.
+    plain = _aligned(x) and _aligned(lora_a[0]) and host.precision(x, lora_a) == "tf32"
+    block_k = 128 if plain and not host.INTERPRETED else 32
     grid = (-(-x.shape[0] // block_m), -(-u.shape[1] // block_h))
     triton_kernels.shrink_kernel[grid](
         u, x, lora_a, scaling, x.shape[0], x.shape[1], u.shape[1], rank, padded,
         u.stride(0), *x.stride(), *lora_a.stride(),
         EVEN_K=x.shape[1] % block_k == 0, PRECISION=host.precision(x, lora_a), UPCAST=host.upcast(x, lora_a, u),
-        PDL=pdl, BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_K=block_k, num_warps=4, num_stages=3,
+        PDL=pdl, BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_K=block_k, num_warps=4, num_stages=3 if plain else 2,
     )  # fmt: skip
     return u
 
 
-def run(y, x, weight, bias, lora_a, lora_b, scaling, out_splits, tiles):
+def run(y, x, weight, bias, lora_a, lora_b, scaling, out_splits, tiles, batch_invariant=False):
     """y = x Wᵀ + bias + s · (x Aᵀ) Bᵀ with the given :class:`~.config.Config`."""
     if y.numel() == 0:
         return
     a = lora_a.unsqueeze(0) if lora_a.dim() == 2 else lora_a
     launch = {"decode": _decode, "one_pass": _one_pass, "two_pass": _two_pass}[tiles.path]
-    low = "ieee" if x.dtype == torch.float32 else "tf32x3"
     switches = {
         "WIDTHS": tuple(out_splits or ()),
         "NUM_SLICES": len(out_splits or ()),
         "HAS_BIAS": bias is not None,
         "EVEN_K": x.shape[1] % tiles.block_k == 0,
         "PRECISION": host.precision(x),
-        "LOW_PRECISION": low,
+        "LOW_PRECISION": host.precision(x, lora_a, lora_b),
         "UPCAST": host.upcast(x, lora_a, lora_b),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
@@ -70,14 +80,14 @@ def run(y, x, weight, bias, lora_a, lora_b, scaling, out_splits, tiles):
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
-    launch(y, x, weight, bias, a, lora_b, scaling, out_splits, tiles, switches)
+    launch(y, x, weight, bias, a, lora_b, scaling, out_splits, tiles, batch_invariant, switches)
 
 
 def _tiles_n(weight, out_splits, block_n):
     return sum(-(-width // block_n) for width in out_splits or (weight.shape[0],))
 
 
-def _one_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, switches):
+def _one_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, batch_invariant, switches):
     tiles_n = _tiles_n(weight, out_splits, tiles.block_n)
     triton_kernels.one_pass_kernel[(-(-x.shape[0] // tiles.block_m) * tiles_n,)](
         y, x, weight, bias, a, b, scaling, x.shape[0], weight.shape[0], x.shape[1], a.shape[1],
@@ -86,10 +96,11 @@ def _one_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, switches):
     )  # fmt: skip
 
 
-def _two_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, switches):
+def _two_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, batch_invariant, switches):
     pdl = host.has_pdl(x)
     block_r, padded = _padded(a.shape[1])
-    u = shrink(x, a, scaling, b.dtype, pdl=pdl)
+    block_r = 16 if switches["LOW_PRECISION"] == "tf32x3" else block_r
+    u = shrink(x, a, scaling, b.dtype, batch_invariant=batch_invariant, pdl=pdl)
     tiles_n = _tiles_n(weight, out_splits, tiles.block_n)
     programs = min(-(-x.shape[0] // tiles.block_m) * tiles_n, host.num_sms(x))
     tma = tiles.tma and host.tma_ready(x, weight, u)
@@ -103,7 +114,7 @@ def _two_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, switches):
     )  # fmt: skip
 
 
-def _decode(y, x, weight, bias, a, b, scaling, out_splits, tiles, switches):
+def _decode(y, x, weight, bias, a, b, scaling, out_splits, tiles, batch_invariant, switches):
     split, pdl = tiles.split_k, tiles.split_k > 1 and host.has_pdl(x)
     num_rows, out_features = y.shape
     planes = torch.empty((split, *y.shape), dtype=torch.float32, device=y.device) if split > 1 else None
@@ -125,8 +136,8 @@ def _decode(y, x, weight, bias, a, b, scaling, out_splits, tiles, switches):
 
 
 def lora_linear_out(out, x, weight, bias, lora_a, lora_b, scaling, out_splits, batch_invariant):
-    tiles = config_of(x, weight.shape[0], lora_a.shape[-2], batch_invariant)
-    run(out, x, weight, bias, lora_a, lora_b, scaling, out_splits, tiles)
+    tiles = config_of(x, weight, lora_a, lora_b, batch_invariant)
+    run(out, x, weight, bias, lora_a, lora_b, scaling, out_splits, tiles, batch_invariant)
 
 
 def lora_linear(x, weight, bias, lora_a, lora_b, scaling, out_splits, batch_invariant):
@@ -140,15 +151,22 @@ def lora_add_(y, x, lora_a, lora_b, scaling, batch_invariant):
         return
     a, pdl = lora_a.unsqueeze(0), host.has_pdl(x)
     block_r, padded = _padded(lora_a.shape[0])
-    u = shrink(x, a, scaling, lora_b.dtype, block_m=16 if batch_invariant else None, pdl=pdl)
+    u = shrink(x, a, scaling, lora_b.dtype, batch_invariant=batch_invariant, pdl=pdl)
     block_m, block_n = (16, 32) if host.INTERPRETED else (64 if batch_invariant or y.shape[0] > 32 else 16, 128)
     tiles_n = -(-y.shape[1] // block_n)
     triton_kernels.expand_kernel[(-(-y.shape[0] // block_m) * tiles_n,)](
         y, u, lora_b, *y.shape, lora_a.shape[0], padded, *y.stride(), u.stride(0), *lora_b.stride(), tiles_n,
-        PDL=pdl, LOW_PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3", UPCAST=host.upcast(x, lora_b, y),
+        PDL=pdl, LOW_PRECISION=host.precision(x, lora_b), UPCAST=host.upcast(x, lora_b, y),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r, num_warps=4, num_stages=2,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
 KERNELS = {"lora_linear": lora_linear, "lora_linear_out": lora_linear_out, "lora_add_": lora_add_}
+
+
+def STATIC_CASES():
+    """Production sizes of every path, for the static gate."""
+    from . import triton_cases
+
+    return triton_cases.cases()
