@@ -78,8 +78,25 @@ class PeftModel(nn.Module):
         if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()  # a checkpointed segment has gradients only where its input has
 
-    def forward(self, *args, **kwargs):
-        return self.base_model.model(*args, **kwargs)
+    def forward(self, *args, adapter_names=None, **kwargs):
+        """The model's own; ``adapter_names``: the adapter of each sample, "__base__" for none (in eval mode)."""
+        if adapter_names is None:
+            return self.base_model.model(*args, **kwargs)
+        with self._rows_of(adapter_names):
+            return self.base_model.model(*args, **kwargs)
+
+    def generate(self, *args, adapter_names=None, **kwargs):
+        """The model's own ``generate``; ``adapter_names`` as in :meth:`forward`, one a sample, not one a beam."""
+        if adapter_names is None:
+            return self.base_model.model.generate(*args, **kwargs)
+        with self._rows_of(adapter_names, kwargs.get("num_beams")):
+            return self.base_model.model.generate(*args, **kwargs)
+
+    def _rows_of(self, adapter_names, num_beams=None):
+        """Disabled adapters win over names, as in PEFT."""
+        if all(part.disable_adapters for part in self.base_model._parts()):
+            return contextlib.nullcontext()
+        return self.base_model.row_adapters(adapter_names, num_beams)
 
     def __getattr__(self, name):
         try:

@@ -4,15 +4,17 @@ import warnings
 
 from torch import nn
 
+from .combine import ModelCombining
 from .layers import LoraLayer, ModulesToSaveWrapper
 from .layers.base import check_adapter_name
+from .layers.mixed import BASE, Batch, Rows
 from .merging import ModelMerging
 from .targeting import find_targets
 
 _FUSED = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
 
-class LoraModel(ModelMerging, nn.Module):
+class LoraModel(ModelMerging, ModelCombining, nn.Module):
     """Wraps, in place, the layers of ``model`` that ``config`` names; ``self.model`` is that model.
 
     Raises:
@@ -27,6 +29,7 @@ class LoraModel(ModelMerging, nn.Module):
         self.peft_config = {}
         self._active = [adapter_name]
         self._fused = []
+        self._rows = Rows()
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, meta=meta)
 
     def forward(self, *args, **kwargs):
@@ -96,6 +99,7 @@ class LoraModel(ModelMerging, nn.Module):
                 if not isinstance(layer, LoraLayer):
                     layer = target.layer_class(target.module)
                     layer._active_adapter = self.active_adapters
+                    layer._rows = self._rows
                     layer.enable_adapters(not disabled)
                 undo.append((layer._drop, adapter_name))
                 layer.update_layer(
@@ -112,6 +116,7 @@ class LoraModel(ModelMerging, nn.Module):
                 self._replace(target.name, target.module, layer, undo)
             for index, (name, module) in enumerate(targets.saved):
                 wrapper = module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module)
+                wrapper._rows = self._rows
                 wrapper.enable_adapters(not disabled)
                 undo.append((wrapper.delete_adapter, adapter_name))
                 wrapper.add(adapter_name)
@@ -215,6 +220,22 @@ class LoraModel(ModelMerging, nn.Module):
             warnings.warn(f"adapters {biased} trained base biases, which stay as they are", stacklevel=3)
         for part in self._parts():
             part.enable_adapters(False)
+
+    def row_adapters(self, adapter_names, num_beams=None):
+        """A context in which each sample of a batch takes its own adapter, "__base__" none (in eval mode).
+
+        Raises:
+            ValueError: the model is in training mode, or an adapter is unknown.
+        """
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        copies = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
+        if copies > 1 and not isinstance(adapter_names, (list, tuple)):
+            raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
+        return self._rows.hold(Batch(adapter_names, copies))
 
     # Taking apart
 

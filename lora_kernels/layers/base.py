@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import check_alpha, check_dropout, check_rank
 from .merged import MergedWeight
+from .mixed import Rows, by_group
 from .scaling import Scaling, scaling_buffer
 
 
@@ -43,6 +44,7 @@ class LoraLayer(MergedWeight, nn.Module):
         self._merged = {}  # adapter -> the scaling it was merged with
         self._active_adapter = []
         self._disable_adapters = False
+        self._rows = Rows()  # shared by all layers of a model
         self._reroute()
         self.train(base_layer.training)
 
@@ -215,6 +217,10 @@ class LoraLayer(MergedWeight, nn.Module):
     def _own_scaling(self, name):
         r = self.r[name]
         return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
+
+    def _forward_rows(self, batch, x, *args, **kwargs):
+        """A mixed batch; a kind of layer with an op for it overrides this."""
+        return by_group(self, batch, x, *args, **kwargs)
 
     # Kept in step
 

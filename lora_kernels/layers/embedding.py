@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .base import LoraLayer
+from .mixed import Batch, run_lora
 from .scaling import scaling_buffer
 
 
@@ -41,6 +42,9 @@ class LoraEmbedding(LoraLayer):
         return self.lora_embedding_B[name].t(), self.lora_embedding_A[name].t()
 
     def forward(self, x, *args, **kwargs):
+        if self._rows.batch is not None or "adapter_names" in kwargs:
+            batch = Batch(kwargs.pop("adapter_names")) if "adapter_names" in kwargs else self._rows.batch
+            return run_lora(self, batch, x, *args, **kwargs)
         base = self.base_layer
         y = base(x, *args, **kwargs)
         for name, sign in self._terms:

@@ -6,6 +6,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from .. import ops
 from .base import LoraLayer
+from .mixed import Batch, by_group, run_lora
 from .scaling import scaling_buffer
 
 _lora_linear = ops.lora_linear
@@ -131,6 +132,8 @@ class LoraLinear(LoraLayer):
         # parameter or a replaced module. Only the choice of adapter is kept (_reroute).
         single, modules = self._single, self._modules
         base = modules["base_layer"]
+        if self._rows.batch is not None:
+            return run_lora(self, self._rows.batch, x, *args, **kwargs)
         if single is None or base.__class__ is not _Linear or args or kwargs or not _unhooked(base):
             return self._forward_terms(x, *args, **kwargs)
         name, scale = single
@@ -152,8 +155,32 @@ class LoraLinear(LoraLayer):
                 return self._forward_terms(x)
         return _lora_linear(x, weight, parameters["bias"], a, b, self._buffers[scale], dropout_p=p)
 
+    def _forward_rows(self, batch, x, *args, **kwargs):
+        base = self.base_layer
+        present = tuple(name for name in batch.order if name in self.r)
+        if not present:
+            return base(x, *args, **kwargs)
+        weight = base._parameters.get("weight")
+        plain = base.__class__ is _Linear and weight.__class__ is _Parameter and not args and not kwargs
+        if not plain or not _unhooked(base):
+            return by_group(self, batch, x, *args, **kwargs)
+        lora_a = [self.lora_A[name].weight for name in present]
+        lora_b = [self.lora_B[name].weight for name in present]
+        dtype = lora_a[0].dtype
+        same = all(factor.dtype is dtype for factor in (*lora_a, *lora_b))
+        if (
+            not same
+            or dtype not in (weight.dtype, torch.float32)
+            or any(self.lora_B[n].bias is not None for n in present)
+        ):
+            return by_group(self, batch, x)
+        scalings = batch.scalings(tuple(self.scaling[name] for name in present), weight.device)
+        return ops.multi_lora_linear(x, weight, base.bias, lora_a, lora_b, scalings, batch.plan(x, present))
+
     def _forward_terms(self, x, *args, **kwargs):
         """Any base layer, any number of adapters: the base product by its own module, then the updates."""
+        if "adapter_names" in kwargs:
+            return run_lora(self, Batch(kwargs.pop("adapter_names")), x, *args, **kwargs)
         base = self.base_layer
         y = base(x, *args, **kwargs)
         if not self._terms:

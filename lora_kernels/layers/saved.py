@@ -4,9 +4,16 @@ import copy
 
 from torch import nn
 
+from .mixed import Batch, Rows, run_saved
+
 
 class ModulesToSaveWrapper(nn.Module):
     """Calls the copy of the active adapter in ``modules_to_save``, or ``original_module``."""
+
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names = ()
+    merged_adapters = ()
+    merged = False
 
     def __init__(self, module):
         super().__init__()
@@ -14,6 +21,7 @@ class ModulesToSaveWrapper(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self._active_adapter = []
         self._disable_adapters = False
+        self._rows = Rows()
         self.train(module.training)
 
     def _current(self):
@@ -21,6 +29,9 @@ class ModulesToSaveWrapper(nn.Module):
         return self.modules_to_save[active[0]] if active and not self._disable_adapters else self.original_module
 
     def forward(self, *args, **kwargs):
+        batch = Batch(kwargs.pop("adapter_names")) if "adapter_names" in kwargs else self._rows.batch
+        if batch is not None and not self._disable_adapters:
+            return run_saved(self, batch, *args, **kwargs)
         return self._current()(*args, **kwargs)
 
     def __getattr__(self, name):
