@@ -9,41 +9,43 @@ _MIN_PAIRS, _MAX_PAIRS, _SECONDS = 5, 40, 3.0
 _NOISE = 1.02  # a difference smaller than this is no reason to put a layer back
 
 
-def measure(model, sample, groups, peft_class, our_class):
-    """Fills in the times of each group, and gives the slower ones back their class and the reason."""
+def measure(model, sample, groups, turn):
+    """Fills in the times of each group, and gives the slower ones back their class and the reason.
+
+    ``turn(layers, ours)`` gives layers our class (True) or PEFT's.
+    """
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     run, sync = _runner(model, sample), lambda: [torch.cuda.synchronize(device) for device in devices]
-    spent = [{peft_class: [], our_class: []} for _ in groups]
+    spent = [{False: [], True: []} for _ in groups]
     with _unchanged(model, devices), torch.set_grad_enabled(model.training and torch.is_grad_enabled()):
-        for cls in (peft_class, our_class):  # warm caches and allocators
-            _turn(groups, cls)
+        for ours in (False, True):  # warm caches and allocators
+            _turn_all(groups, turn, ours)
             run()
         clocks = [0.0] * len(groups)
         handles = [handle for i, group in enumerate(groups) for handle in _clock(group.layers, clocks, i, sync)]
         try:
             start, pairs = time.perf_counter(), 0
             while pairs < _MIN_PAIRS or (pairs < _MAX_PAIRS and time.perf_counter() - start < _SECONDS):
-                for cls in (peft_class, our_class):
-                    _turn(groups, cls)
+                for ours in (False, True):
+                    _turn_all(groups, turn, ours)
                     clocks[:] = [0.0] * len(groups)
                     run()
                     for times, seconds in zip(spent, clocks, strict=True):
-                        times[cls].append(seconds)
+                        times[ours].append(seconds)
                 pairs += 1
         finally:
             for handle in handles:
                 handle.remove()
     for group, times in zip(groups, spent, strict=True):
-        group.peft_ms, group.our_ms = (1e3 * min(times[cls]) for cls in (peft_class, our_class))
+        group.peft_ms, group.our_ms = (1e3 * min(times[ours]) for ours in (False, True))
         if group.our_ms > _NOISE * group.peft_ms:
-            _turn([group], peft_class)
+            turn(group.layers, False)
             group.reason = "not faster on this sample"
 
 
-def _turn(groups, cls):
+def _turn_all(groups, turn, ours):
     for group in groups:
-        for layer in group.layers:
-            layer.__class__ = cls
+        turn(group.layers, ours)
 
 
 def _runner(model, sample):

@@ -1,0 +1,203 @@
+"""``peft``'s LoRA layers with our kernels below them: subclasses that a live layer is turned into and back.
+
+Only the class of the instance changes, so parameters, names, hooks and all that PEFT keeps in a layer stay where
+they are, and the classes have PEFT's names, as reports print them. Whatever is not plain LoRA goes to PEFT's own
+forward.
+"""
+
+import torch
+from peft.tuners.lora import layer as peft_layers
+from torch import nn
+
+from .. import ops
+from ..layers.linear import _unhooked
+from ..ops.linear.api import autocast_dtype
+from ..ops.multi.api import run
+from .peft_merge import Merging, Rows
+from .peft_terms import PLAIN_TENSORS, plain_weight, plan, scales, term, usable
+
+PeftLinear, PeftEmbedding = peft_layers.Linear, peft_layers.Embedding
+
+
+class Linear(Merging, Rows, PeftLinear):
+    """``lora.Linear`` that computes plain LoRA in one op, over an ``nn.Linear`` or, after it, any base layer."""
+
+    def forward(self, x, *args, **kwargs):
+        special = args or kwargs or self._row_adapters is not None
+        if special or self.merged_adapters or not self.cast_input_dtype_enabled:
+            return self._forward_special(x, *args, **kwargs)
+        modules = self._modules
+        base, adapters = modules["base_layer"], modules["lora_A"]._modules
+        active = self._active_adapter
+        if active.__class__ is str:
+            active = (active,)
+        names = [name for name in active if name in adapters]
+        if self._disable_adapters or not names:
+            return base(x)
+        weight = plain_weight(base, x)
+        # Dynamo gets the gradient of lora_add_ wrong where y is a view: several adapters are PEFT's there.
+        if len(names) > 1 and torch.compiler.is_compiling():
+            return PeftLinear.forward(self, x)
+        if weight is None:
+            return self._forward_over(base, x, names)
+        terms = [term(self, name, weight.dtype, x) for name in names]
+        if None in terms:
+            return PeftLinear.forward(self, x)
+        a, b, scaling, p = terms[0]
+        y = ops.lora_linear(x, weight, base._parameters["bias"], a, b, scaling, dropout_p=p)
+        return _add(y, x, terms[1:])
+
+    def _forward_over(self, base, x, names):
+        """Over a base layer that is not a plain ``nn.Linear``: its own forward, then the update in place."""
+        weight = getattr(base, "weight", None)
+        if base.__class__.__name__ != "Conv1D" or torch.compiler.is_compiling() or not _unhooked(base):
+            return PeftLinear.forward(self, x)
+        if weight.__class__ is not nn.Parameter or x.__class__ not in PLAIN_TENSORS or not usable(x, weight.dtype):
+            return PeftLinear.forward(self, x)
+        terms = [term(self, name, weight.dtype, x) for name in names]
+        return PeftLinear.forward(self, x) if None in terms else _add(base(x), x, terms)
+
+    def _forward_special(self, x, *args, **kwargs):
+        """Arguments beside x, a merged layer, no casting of x: one adapter a row may be ours, the rest is PEFT's."""
+        rows = self._row_adapters
+        if rows is not None and "adapter_names" not in kwargs:
+            kwargs["adapter_names"] = rows
+        y = None
+        if not args and kwargs.keys() == {"adapter_names"} and kwargs["adapter_names"] is not None:
+            y = self._forward_rows(x, kwargs["adapter_names"])
+        return PeftLinear.forward(self, x, *args, **kwargs) if y is None else y
+
+    def _forward_rows(self, x, adapter_names):
+        """One adapter a row of the batch, in one op; None where PEFT has to do it, or to refuse it."""
+        base = self._modules["base_layer"]
+        weight = plain_weight(base, x)
+        blocked = self._disable_adapters or self.merged_adapters or not self.cast_input_dtype_enabled
+        if weight is None or blocked or torch.compiler.is_compiling():
+            return None
+        if x.dim() < 2 or not x.numel() or len(adapter_names) != x.shape[0]:
+            return None
+        slots, terms, adapters, values = {}, [], self._modules["lora_A"]._modules, []
+        for name in dict.fromkeys(adapter_names):
+            slots[name] = -1
+            if name != "__base__" and name in adapters:
+                found = term(self, name, weight.dtype, x)
+                if found is None or found[3] or found[2].__class__ is not torch.Tensor:
+                    return None
+                slots[name] = len(terms)
+                terms.append(found)
+                values.append(self.scaling[name])
+        if not terms:
+            return base(x)
+        a, b, scalings, _ = zip(*terms, strict=True)
+        rows_each = x.numel() // (x.shape[0] * x.shape[-1])
+        batch = plan(tuple([slots[name] for name in adapter_names]), rows_each, len(terms), x.device)
+        if any(value.__class__ is torch.Tensor for value in values):
+            scalings = torch.stack([scaling.to(x.device, torch.float32) for scaling in scalings])
+        else:
+            scalings = scales(tuple(values), x.device)
+        bias = base._parameters["bias"]
+        if torch.is_grad_enabled() or autocast_dtype(x.device.type) is not None:
+            return ops.multi_lora_linear(x, weight, bias, list(a), list(b), scalings, batch)
+        # The layer is what the checks of the public function ask for.
+        y = run(True, x.reshape(-1, x.shape[-1]), weight, bias, scalings, batch, None, (*a, *b))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _update(self, name, weight):
+        a, b = self._modules["lora_A"]._modules[name], self._modules["lora_B"]._modules[name]
+        if a.__class__ is not nn.Linear or b.__class__ is not nn.Linear or b.bias is not None:
+            return None
+        a, b = a.weight.detach(), b.weight.detach()
+        return (weight, b.t(), a.t()) if self.fan_in_fan_out else (weight, a, b)
+
+
+def _add(y, x, terms):
+    """The updates into the fresh tensor ``y``, in place."""
+    for a, b, scaling, p in terms:
+        y = ops.lora_add_(y, x if x.dtype is y.dtype else x.to(y.dtype), a, b, scaling, dropout_p=p)
+    return y
+
+
+class _Added:
+    """A layer whose update is added into the fresh output of its base, where one plain adapter is active."""
+
+    def _sole(self, x, adapters, bases):
+        """The name of the active adapter, where it is the only one and nothing about the call is special."""
+        name, base = self._active_adapter, self._modules["base_layer"]
+        name = name[0] if name.__class__ is list and len(name) == 1 else name
+        special = self.merged_adapters or self._disable_adapters or name.__class__ is not str or name not in adapters
+        if special or name in self.lora_variant or isinstance(self.scaling[name], torch.Tensor):
+            return None
+        if base.__class__ not in bases or not _unhooked(base) or x.__class__ not in PLAIN_TENSORS:
+            return None
+        compiled = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        return None if compiled or autocast_dtype(x.device.type) is not None else name
+
+
+class Embedding(Merging, _Added, PeftEmbedding):
+    """``lora.Embedding``: the update as one product into the output, and merging in one pass."""
+
+    def forward(self, x, *args, **kwargs):
+        name = None if args or kwargs else self._sole(x, self.lora_embedding_A, _EMBEDDINGS)
+        base = self._modules["base_layer"]
+        # max_norm makes PEFT rewrite lora_A in each forward: not ours to change in a model of PEFT.
+        if name is None or base.max_norm is not None or self.input_fns or self.output_fns:
+            return PeftEmbedding.forward(self, x, *args, **kwargs)
+        y, b = base(x), self.lora_embedding_B[name]
+        rows = self._embed(x, self.lora_embedding_A[name].T)
+        if rows.dtype is not y.dtype or b.dtype is not y.dtype:
+            return (y + (rows @ b.T) * self.scaling[name]).to(y.dtype)
+        y.view(-1, y.shape[-1]).addmm_(rows.view(-1, rows.shape[-1]), b.T, alpha=self.scaling[name])
+        return y
+
+    def _update(self, name, weight):
+        a, b = self.lora_embedding_A[name].detach(), self.lora_embedding_B[name].detach()
+        return weight, b.t(), a.t()
+
+
+class _Conv(Merging, _Added):
+    """``lora.Conv1d``, ``Conv2d``, ``Conv3d``: the update added in place, and merging in one pass."""
+
+    def forward(self, x, *args, **kwargs):
+        name = None if args or kwargs else self._sole(x, self.lora_A, _CONVS)
+        if name is None:
+            return self._peft.forward(self, x, *args, **kwargs)
+        y = self._modules["base_layer"](x)
+        x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+        update = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x)))
+        if update.dtype is not y.dtype or update.shape != y.shape:
+            return (y + update * self.scaling[name]).to(y.dtype)
+        return y.add_(update, alpha=self.scaling[name])
+
+    def _update(self, name, weight):
+        base, a, b = self.get_base_layer(), self.lora_A[name], self.lora_B[name]
+        plain = base.groups == 1 and set(base.dilation) == {1} and b.bias is None and weight.is_contiguous()
+        if not plain or base.__class__ not in _CONVS or not isinstance(a, base.__class__):
+            return None
+        a, b = a.weight.detach(), b.weight.detach()
+        return weight.view(weight.shape[0], -1), a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
+
+
+_CONVS = frozenset({nn.Conv1d, nn.Conv2d, nn.Conv3d})
+_EMBEDDINGS = frozenset({nn.Embedding})
+
+
+class Conv1d(_Conv, peft_layers.Conv1d):
+    _peft = peft_layers.Conv1d
+
+
+class Conv2d(_Conv, peft_layers.Conv2d):
+    _peft = peft_layers.Conv2d
+
+
+class Conv3d(_Conv, peft_layers.Conv3d):
+    _peft = peft_layers.Conv3d
+
+
+# PEFT's class -> ours.
+CLASSES = {
+    PeftLinear: Linear,
+    PeftEmbedding: Embedding,
+    peft_layers.Conv1d: Conv1d,
+    peft_layers.Conv2d: Conv2d,
+    peft_layers.Conv3d: Conv3d,
+}

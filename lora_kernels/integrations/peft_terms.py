@@ -1,0 +1,124 @@
+"""What an adapter of a ``peft`` layer is to our ops: ``(lora_a, lora_b, scaling, dropout_p)``, or None.
+
+Nothing is remembered between calls: PEFT changes a layer in a dozen places, and what it says is read each time.
+None means that the layer is in a state that only PEFT's own code knows.
+"""
+
+import functools
+
+import torch
+from peft.tuners.lora import variants
+from torch import nn
+
+from .. import ops
+from ..layers.linear import _unhooked
+from ..ops.linear.api import autocast_dtype
+
+_Linear, _Dropout, _Identity, _Parameter = nn.Linear, nn.Dropout, nn.Identity, nn.Parameter
+PLAIN_TENSORS = frozenset({torch.Tensor, nn.Parameter})
+DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_scales = {}
+
+
+def _variants(*names):
+    """Classes of PEFT's variants, those that this peft has."""
+    return tuple(getattr(variants, name) for name in names if hasattr(variants, name))
+
+
+# Variants whose forward is that of plain LoRA: always, unless the layer trains, with a diagonal in between.
+_PLAIN_VARIANTS = _variants("MiCALinearVariant")
+_PLAIN_IN_EVAL = _variants("VeloraLinearVariant", "MontecloraLinearVariant")
+_KASA = _variants("KasaLinearVariant")
+
+
+def plain_weight(base, x):
+    """The weight of a base layer that our ops can compute with ``x`` as the module would; None otherwise."""
+    if base.__class__ is not _Linear or not _unhooked(base) or x.__class__ not in PLAIN_TENSORS:
+        return None
+    weight = base._parameters.get("weight")
+    if weight.__class__ is not _Parameter or weight.dtype not in DTYPES:
+        return None
+    return weight if usable(x, weight.dtype) else None
+
+
+def usable(x, dtype):
+    """Whether our ops compute with ``x`` over a base of ``dtype`` what the module would."""
+    if x.dtype is not dtype and (x.dtype not in DTYPES or autocast_dtype(x.device.type) is None):
+        return False
+    return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+
+
+def term(layer, name, dtype, x):
+    """``(lora_a, lora_b, scaling, dropout_p)`` of an adapter over a base of ``dtype``; None: not plain LoRA."""
+    modules = layer._modules
+    a = modules["lora_A"]._modules[name]
+    b = modules["lora_B"]._modules[name]
+    dropout = modules["lora_dropout"]._modules[name]
+    variant = layer.lora_variant.get(name) if layer.lora_variant else None
+    if variant is not None and not served_variant(layer, name, variant, layer.training):
+        return None
+    if a.__class__ is not _Linear or b.__class__ is not _Linear:
+        return None
+    p = 0.0
+    if dropout.__class__ is _Dropout:
+        p = dropout.p if dropout.training else 0.0
+    elif dropout.__class__ is not _Identity:
+        return None
+    if not (p < 1.0 and _unhooked(a) and _unhooked(b) and _unhooked(dropout)):
+        return None
+    if a._parameters["bias"] is not None or b._parameters["bias"] is not None:
+        return None
+    a, b = a._parameters.get("weight"), b._parameters.get("weight")
+    if a.__class__ is not _Parameter or b.__class__ is not _Parameter or a.dtype is not b.dtype:
+        return None
+    if a.dtype is not torch.float32 and (a.dtype is not dtype or autocast_dtype(x.device.type) is not None):
+        return None
+    scaling = scale(layer.scaling[name], x.device)
+    if scaling is None:
+        return None
+    if isinstance(variant, _KASA):
+        b = b * layer.lora_diag[name]
+    return a, b, scaling, p
+
+
+def served_variant(layer, name, variant, training):
+    """Whether an adapter of a variant computes what plain LoRA does, in training or not."""
+    if isinstance(variant, _PLAIN_IN_EVAL):
+        return not training
+    if isinstance(variant, _KASA):  # B diag A; a truncation of the base may still be due
+        return name not in layer._lora_kasa_truncation_deferred
+    return isinstance(variant, _PLAIN_VARIANTS)
+
+
+def scale(value, device):
+    """A scaling as ops take it: a 0-d tensor (a float while Dynamo traces); None where it trains."""
+    if isinstance(value, torch.Tensor):
+        return None if value.dim() or value.requires_grad else value
+    if torch.compiler.is_compiling():
+        return value
+    return _scales.get((value, device)) or _kept_scale(value, device)
+
+
+def _kept_scale(value, device):
+    """One tensor a value, never written: it can not go stale."""
+    with torch.inference_mode(False):
+        scaling = torch.full((), float(value), dtype=torch.float32, device=device)
+    if len(_scales) >= 1024:
+        _scales.clear()
+    _scales[value, device] = scaling
+    return scaling
+
+
+@functools.lru_cache(maxsize=256)
+def scales(values, device):
+    """Scalings of several adapters as one float32 tensor."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+@functools.lru_cache(maxsize=16)
+def plan(slots, rows_each, num_slots, device):
+    """The plan of a batch whose item ``i``, of ``rows_each`` rows, has slot ``slots[i]``: one for all layers."""
+    with torch.inference_mode(False):
+        rows = torch.tensor(slots, dtype=torch.int32).repeat_interleave(rows_each).to(device)
+        return ops.plan_batch(rows, num_slots=num_slots)
