@@ -3,19 +3,30 @@
 import warnings
 
 from .layers import LoraLayer
+from .layers.atomic import all_or_none
+from .layers.merged import replaced
 
 
 class ModelMerging:
-    """The part of ``LoraModel`` that writes to weights."""
+    """The part of ``LoraModel`` that writes to weights.
 
-    def merge_adapter(self, adapter_names=None, safe_merge=False, progressbar=False):
+    After any error or interrupt all layers are as before: bit for bit where merges are exact, else up to rounding.
+    """
+
+    def merge_adapter(self, adapter_names=None, safe_merge=False, progressbar=False, *, exact=False):
         """Adds the updates of adapters (default: the active ones that are not merged) to the weights, in place.
 
-        After any error or interrupt, what had been merged is taken out again.
+        Args:
+            adapter_names: list of str.
+            safe_merge: look at all layers first, and refuse weights that would not be finite.
+            progressbar: a ``tqdm`` bar over the layers.
+            exact: merge so that :meth:`unmerge_adapter` restores every bit of every weight. A layer keeps a residual
+                for each adapter (0.05 to 1 bits a weight, ``layer.residuals``), and the adapters must stay as they
+                are until then. Never leaves Inf or NaN.
 
         Raises:
-            ValueError: an adapter that is unknown or merged already, a weight that is tied, or, with ``safe_merge``,
-                weights that would not be finite (then nothing was written at all).
+            ValueError: an adapter that is unknown or merged already, one merged in the other way, a weight that is
+                tied, or, with ``safe_merge``, weights that would not be finite (then nothing was written at all).
         """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names: expected a list of str, got {adapter_names!r}")
@@ -26,65 +37,114 @@ class ModelMerging:
         taken = sorted(merged.intersection(self._active if adapter_names is None else names))
         if taken and not (adapter_names is None and names):
             raise ValueError(f"adapter_names: {taken} merged already; unmerge first")
-        work = {layer: layer.names_to_merge([n for n in names if n in layer.r]) for layer in layers}
+        if any(layer.merged and bool(layer.residuals) != exact for layer in layers):
+            raise ValueError(
+                f"exact: {sorted(merged)} were merged with exact={not exact}; unmerge them before merging {names} "
+                f"with exact={exact}"
+            )
+        work = {layer: layer.names_to_merge([n for n in names if n in layer.r], exact) for layer in layers}
         work = {layer: found for layer, found in work.items() if found}
         self._check_unshared(work)
+        paths = self._paths()
         if safe_merge:
-            paths = {module: path for path, module in self.model.named_modules()}
             for layer, found in work.items():
                 if not layer.merge_is_finite(found):
                     raise ValueError(f"safe_merge: merging {found} would leave Inf or NaN in '{paths[layer]}'")
-        self._all_or_none(list(work), lambda layer: layer.merge(adapter_names=work[layer]), progressbar)
+        self._all_or_none(list(work), lambda layer: layer.merge(adapter_names=work[layer], exact=exact), progressbar)
 
-    def unmerge_adapter(self):
-        """Takes all merged updates out of the weights again."""
+    def unmerge_adapter(self, adapter_names=None):
+        """Takes merged updates (default: all of them) out of the weights again.
+
+        Those merged exactly leave the very bits that the weights have without them, in whatever order they go.
+
+        Raises:
+            ValueError: an adapter that is unknown or not merged; after an exact merge, a weight or an adapter that
+                was changed since.
+        """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names: expected a list of str, got {adapter_names!r}")
         layers = [layer for layer in self.layers() if layer.merged]
+        if adapter_names is not None:
+            names = list(dict.fromkeys(adapter_names))
+            self._known(names)
+            self._known_merged(names, layers)
+            layers = [layer for layer in layers if set(names) & set(layer.merged_adapters)]
+            self._all_or_none(layers, lambda layer: layer.unmerge([n for n in names if n in layer.merged_adapters]))
+            return
         if not layers:
             warnings.warn("unmerge_adapter: no adapter is merged", stacklevel=3)
         self._all_or_none(layers, lambda layer: layer.unmerge())
 
-    def switch_adapter(self, adapter_name):
-        """Replaces what is merged by ``adapter_name``, in one pass over each weight, and makes it active.
+    def switch_adapter(self, adapter_name, new=None):
+        """``switch_adapter("new")`` replaces all that is merged, ``switch_adapter("old", "new")`` one merged adapter.
 
-        What is trainable stays as it is. ValueError when nothing is merged, or the adapter is unknown or merged.
+        One pass over each weight. Where the merge was exact, so is this: a weight is, bit for bit, what merging
+        ``new`` into the original, instead of the old one, gives. ``new`` becomes active in place of what it replaces;
+        what is trainable stays as it is. Rank, scaling, dtype and target modules of the two may differ.
+
+        Raises:
+            ValueError: nothing is merged, or an adapter is unknown, merged already or (``old``) not merged.
         """
-        self._known([adapter_name])
+        old, new = (None, adapter_name) if new is None else (adapter_name, new)
+        self._known([new] if old is None else [old, new])
         layers = self.layers()
-        if not any(layer.merged for layer in layers):
+        merged = [layer for layer in layers if layer.merged]
+        if not merged:
             raise ValueError("switch_adapter: no adapter is merged; call merge_adapter() first")
-        if any(adapter_name in layer.merged_adapters for layer in layers):
-            raise ValueError(f"adapter_name: '{adapter_name}' is merged already")
-        self._check_unshared([layer for layer in layers if layer.merged or adapter_name in layer.r])
+        if any(new in layer.merged_adapters for layer in merged):
+            raise ValueError(f"adapter_name: '{new}' is merged already")
+        olds = list(dict.fromkeys(n for layer in merged for n in layer.merged_adapters)) if old is None else [old]
+        self._known_merged(olds, merged)
+        active = [new] if old is None else replaced(self._active, olds, new)
+        parts = self._parts()
+        for part in parts:
+            if not isinstance(part, LoraLayer):
+                part.check_set_adapter(active)
+        exact = any(layer.residuals for layer in merged)
+        self._check_unshared([x for x in layers if new in x.r or set(olds) & set(x.merged_adapters)])
 
         def switch(layer):
-            if layer.merged and adapter_name in layer.r:
-                layer.switch(adapter_name)
-            elif layer.merged:
-                layer.unmerge()
-            elif adapter_name in layer.r:
-                layer.merge(adapter_names=[adapter_name])
+            gone = [n for n in layer.merged_adapters if n in olds]
+            if gone and new in layer.r:
+                layer.switch(new) if old is None else layer.switch(old, new)
+            elif gone:
+                layer.unmerge(gone)
+            elif new in layer.r:
+                layer.merge(adapter_names=[new], exact=exact)
+            layer._active_adapter = list(active)
+            layer._reroute()
 
-        self._all_or_none(layers, switch)
-        for part in self._parts():
-            part._active_adapter = [adapter_name]
-            if isinstance(part, LoraLayer):
-                part._reroute()
-        self._active = [adapter_name]
+        def activate():
+            for part in parts:
+                part._active_adapter = list(active)
+            self._active = active
 
-    @staticmethod
-    def _all_or_none(layers, action, progressbar=False):
-        before = [(layer, layer.merge_state()) for layer in layers]
+        self._all_or_none(layers, switch, finish=activate)
+
+    def _all_or_none(self, layers, action, progressbar=False, finish=lambda: None):
+        paths = self._paths()
+
+        def named(layer):
+            try:
+                action(layer)
+            except ValueError as error:
+                raise ValueError(f"'{paths[layer]}': {error}") from error
+
         if progressbar:
             from tqdm.auto import tqdm
 
             layers = tqdm(layers, desc="Merging")
-        try:
-            for layer in layers:
-                action(layer)
-        except BaseException:
-            for layer, state in before:
-                layer.restore_merged(state)
-            raise
+        all_or_none(layers, named, finish)
+
+    def _paths(self):
+        return {module: path for path, module in self.model.named_modules()}
+
+    @staticmethod
+    def _known_merged(names, layers):
+        merged = list(dict.fromkeys(n for layer in layers for n in layer.merged_adapters))
+        missing = [n for n in names if n not in merged]
+        if missing:
+            raise ValueError(f"adapter_names: {missing} not merged; merged: {merged}")
 
     def _check_unshared(self, layers):
         """A weight that two modules use (tied embeddings) can not take the update of one of them."""

@@ -42,6 +42,7 @@ class LoraLayer(MergedWeight, nn.Module):
         self.r, self.lora_alpha, self.use_rslora = {}, {}, {}
         self.scaling = Scaling(self._buffers)
         self._merged = {}  # adapter -> the scaling it was merged with
+        self._residuals = {}  # adapter -> what undoes its exact merge
         self._active_adapter = []
         self._disable_adapters = False
         self._rows = Rows()  # shared by all layers of a model

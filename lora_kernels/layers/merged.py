@@ -1,4 +1,9 @@
-"""``MergedWeight``: the updates that are in the weight of one layer, and how they get in and out."""
+"""``MergedWeight``: the updates that are in the weight of one layer, and how they get in and out.
+
+Plain merges are sums: they come out again in any order, up to rounding. Exact merges are a stack, one residual each:
+what is on top is decoded first, and what lay above a removed one is merged again, so that every bit comes back. A
+weight holds one kind or the other.
+"""
 
 import warnings
 
@@ -8,59 +13,113 @@ from torch import nn
 from .. import ops
 from ..ops import dispatch
 from ..ops.scalars import scaling_tensor
+from .atomic import all_or_none
 
 
 class MergedWeight:
     """The part of ``LoraLayer`` that writes to the base weight.
 
-    ``_merged``: adapter -> the scaling it was merged with.
+    ``_merged``: adapter -> the scaling it was merged with, the latest last. ``_residuals``: adapter ->
+    :class:`MergeResidual`, for those that were merged exactly: all of them or none.
     """
 
-    def merge(self, safe_merge=False, adapter_names=None):
+    @property
+    def residuals(self):
+        """Adapter name to the :class:`MergeResidual` of its exact merge, in the order of merging."""
+        return dict(self._residuals)
+
+    def merge(self, safe_merge=False, adapter_names=None, *, exact=False):
         """Adds the updates of ``adapter_names`` (default: the active ones) to the base weight, in place.
 
+        Args:
+            safe_merge: refuse a result that would not be finite (an exact merge always does).
+            exact: so that :meth:`unmerge` restores every bit (docs/residual_format.md); one pass for each adapter.
+
         Raises:
-            ValueError: an adapter that is unknown or merged already, or, with ``safe_merge``, a merged weight
+            ValueError: an adapter that is unknown or merged already, one merged in the other way, or a merged weight
                 that would not be finite. The weight is then unchanged.
         """
-        names = self.names_to_merge(adapter_names)
-        if names:
-            a, b, scale = self._stacked(names, self._current_scaling(names))
-            ops.merge_(self._plain_weight(), a, b, scale, safe=safe_merge)
-            self._merged.update({name: self.scaling[name] for name in names})
-        self._reroute()
+        names = self.names_to_merge(adapter_names, exact)
+        if not names:
+            return
+        if exact:
+            target = [*self._merged.items(), *zip(names, self._current_scaling(names), strict=True)]
+            all_or_none([self], lambda layer: layer._restack(target))
+            return
+        a, b, scale = self._stacked(names, self._current_scaling(names))
+
+        def add(layer):
+            ops.merge_(layer._plain_weight(), a, b, scale, safe=safe_merge)
+            layer._merged.update({name: layer.scaling[name] for name in names})
+            layer._reroute()
+
+        all_or_none([self], add)
 
     def unmerge(self, adapter_names=None):
-        """Takes the updates of ``adapter_names`` (default: all merged ones) out of the base weight again."""
+        """Takes the updates of ``adapter_names`` (default: all merged ones) out of the base weight again.
+
+        Exactly merged ones leave the very bits that the weight had without them, in whatever order they go.
+
+        Raises:
+            ValueError: an adapter that is not merged; after an exact merge, a weight or an adapter that was changed
+                since. The weight is then unchanged.
+        """
         names = list(self._merged) if adapter_names is None else list(dict.fromkeys(adapter_names))
         if not names:
             warnings.warn("unmerge: no adapter is merged", stacklevel=2)
             return
         self._known_merged(names)
+        if self._residuals:
+            target = [(name, scale) for name, scale in self._merged.items() if name not in names]
+            all_or_none([self], lambda layer: layer._restack(target))
+            return
         a, b, scale = self._stacked(names, [self._merged[name] for name in names])
-        ops.unmerge_(self._plain_weight(), a, b, scale)
-        for name in names:
-            del self._merged[name]
-        self._reroute()
 
-    def switch(self, adapter_name):
-        """Replaces what is merged by ``adapter_name``, in one pass over the weight, and makes it active.
+        def take_out(layer):
+            ops.unmerge_(layer._plain_weight(), a, b, scale)
+            layer._merged = {n: s for n, s in layer._merged.items() if n not in names}
+            layer._reroute()
 
-        What is trainable stays as it is. ValueError when nothing is merged, or the adapter is unknown or merged.
+        all_or_none([self], take_out)
+
+    def switch(self, adapter_name, new=None):
+        """``switch(new)`` replaces what is merged by ``new``; ``switch(old, new)`` only ``old``. ``new`` gets active.
+
+        One pass over the weight; exactly where the merge was exact: the weight is then, bit for bit, what merging
+        ``new`` into the original weight gives. What is trainable stays as it is.
+
+        Raises:
+            ValueError: nothing is merged, or an adapter is unknown, merged already or (``old``) not merged.
         """
-        self._known(adapter_name)
-        if adapter_name in self._merged:
-            raise ValueError(f"adapter_name: '{adapter_name}' is merged already")
+        everything = new is None
+        olds, new = (list(self._merged), adapter_name) if everything else ([adapter_name], new)
+        self._known(new)
+        if new in self._merged:
+            raise ValueError(f"adapter_name: '{new}' is merged already")
         if not self._merged:
             raise ValueError("switch: no adapter is merged; call merge() first")
-        old = self._stacked(list(self._merged), list(self._merged.values()))
-        new = self._stacked([adapter_name], self._current_scaling([adapter_name]))
-        ops.switch_(self._plain_weight(), old, new)
-        self._merged = {adapter_name: self.scaling[adapter_name]}
-        self._active_adapter = [adapter_name]
-        self._reroute()
+        self._known_merged(olds)
+        # The new one takes the place of the first that goes.
+        target = []
+        for name, scale in self._merged.items():
+            if name == olds[0]:
+                target.append((new, self.scaling[new]))
+            elif name not in olds:
+                target.append((name, scale))
 
-    def names_to_merge(self, adapter_names=None):
+        def switched(layer):
+            if layer._residuals:
+                layer._restack(target)
+            else:
+                old = layer._stacked(olds, [layer._merged[name] for name in olds])
+                ops.switch_(layer._plain_weight(), old, layer._stacked([new], [layer.scaling[new]]))
+                layer._merged = dict(target)
+            layer._active_adapter = [new] if everything else replaced(layer._active_adapter, olds, new)
+            layer._reroute()
+
+        all_or_none([self], switched)
+
+    def names_to_merge(self, adapter_names=None, exact=False):
         """The adapters ``merge(adapter_names=…)`` would add; ValueError when it would be refused."""
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names: expected a list of str, got {adapter_names!r}")
@@ -70,6 +129,11 @@ class MergedWeight:
         merged = [name for name in names if name in self._merged]
         if merged:
             raise ValueError(f"adapter_names: {merged} merged already; unmerge first")
+        if names and self._merged and bool(self._residuals) != exact:
+            raise ValueError(
+                f"exact: {list(self._merged)} were merged with exact={not exact}; unmerge them before merging {names} "
+                f"with exact={exact}"
+            )
         self._plain_weight()
         return list(dict.fromkeys(names))
 
@@ -88,21 +152,76 @@ class MergedWeight:
 
     def merge_state(self):
         """What :meth:`restore_merged` takes to come back here."""
-        return dict(self._merged), list(self._active_adapter)
+        return dict(self._merged), bool(self._residuals), list(self._active_adapter)
 
     def restore_merged(self, state):
-        """Merges and unmerges until the layer holds what it held at ``state``; after a failure half-way."""
-        merged, active = state
-        extra = [name for name in self._merged if name not in merged]
-        if extra:
-            self.unmerge(extra)
-        missing = [name for name in merged if name not in self._merged]
-        if missing:
-            a, b, scale = self._stacked(missing, [merged[name] for name in missing])
-            ops.merge_(self._plain_weight(), a, b, scale)
-            self._merged.update({name: merged[name] for name in missing})
+        """Merges and unmerges until the layer holds what it held at ``state``; after a failure half-way.
+
+        Every bit of an exact merge comes back, residuals included; a plain one comes back up to rounding.
+        """
+        merged, exact, active = state
+        if exact or self._residuals:
+            self._restack(list(merged.items()))
+        else:
+            self._restore_plain(merged)
         self._active_adapter = active
         self._reroute()
+
+    def _restore_plain(self, merged):
+        extra = {name: scale for name, scale in self._merged.items() if name not in merged}
+        missing = {name: scale for name, scale in merged.items() if name not in self._merged}
+        weight = self._plain_weight()
+        out, back = (self._stacked(list(t), list(t.values())) if t else None for t in (extra, missing))
+        if out and back:
+            ops.switch_(weight, out, back)
+        elif out:
+            ops.unmerge_(weight, *out)
+        elif back:
+            ops.merge_(weight, *back)
+        self._merged = dict(merged)
+
+    # The stack of exact merges
+
+    def _restack(self, target):
+        """Turns the stack into ``target``, ``[(name, scaling)]`` from the bottom up.
+
+        Each step leaves weight and stack in step; what fails in between is for :func:`all_or_none` to take back.
+        """
+        target = [(name, float(scale)) for name, scale in target]
+        now = list(self._merged.items())
+        same = 0
+        while same < min(len(now), len(target)) and now[same] == target[same]:
+            same += 1
+        while len(self._merged) > same + 1:
+            self._pop()
+        if len(self._merged) > same:
+            if len(target) > same:
+                self._pop(instead=target[same])
+                same += 1
+            else:
+                self._pop()
+        for name, scale in target[same:]:
+            self._push(name, scale)
+        self._reroute()
+
+    def _push(self, name, scale):
+        residual = ops.merge_exact_(self._plain_weight(), *self._exact_term(name, scale))
+        self._merged[name], self._residuals[name] = scale, residual
+
+    def _pop(self, instead=None):
+        """Takes the top of the stack out; ``instead``, (name, scaling), goes in during the same pass."""
+        name, scale = next(reversed(self._merged.items()))
+        weight, old, residual = self._plain_weight(), self._exact_term(name, scale), self._residuals[name]
+        if instead is None:
+            ops.unmerge_exact_(weight, *old, residual)
+        else:
+            residual = ops.switch_exact_(weight, old, self._exact_term(*instead), residual)
+        del self._merged[name], self._residuals[name]
+        if instead is not None:
+            self._merged[instead[0]], self._residuals[instead[0]] = instead[1], residual
+
+    def _exact_term(self, name, scale):
+        return self._stacked([name], [scale])
 
     def _known_merged(self, names):
         missing = [name for name in names if name not in self._merged]
@@ -132,3 +251,9 @@ class MergedWeight:
         """Factors in a dtype that the ops take: the one of the weight, or float32."""
         dtype = self.base_layer.weight.dtype
         return tuple(f if f.dtype in (dtype, torch.float32) else f.float() for f in factors)
+
+
+def replaced(names, olds, new):
+    """``names`` with ``new`` instead of ``olds``: where the first of them was, or at the end."""
+    kept = [new if name in olds else name for name in names if name != new]
+    return list(dict.fromkeys([*kept, new]))
