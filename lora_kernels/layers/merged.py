@@ -99,6 +99,8 @@ class MergedWeight:
         if not self._merged:
             raise ValueError("switch: no adapter is merged; call merge() first")
         self._known_merged(olds)
+        if self._residuals:
+            self._check_exact([new])
         # The new one takes the place of the first that goes.
         target = []
         for name, scale in self._merged.items():
@@ -134,8 +136,19 @@ class MergedWeight:
                 f"exact: {list(self._merged)} were merged with exact={not exact}; unmerge them before merging {names} "
                 f"with exact={exact}"
             )
+        if exact:
+            self._check_exact(names)
         self._plain_weight()
         return list(dict.fromkeys(names))
+
+    def _check_exact(self, names):
+        """ValueError where an adapter does something else to its layer than ``W + ΔW``."""
+        for name in names:
+            for option in ("use_dora", "lora_bias"):
+                if getattr(self, option, {}).get(name):
+                    raise ValueError(
+                        f"exact: adapter '{name}' has {option}=True; only W + ΔW is merged exactly, use exact=False"
+                    )
 
     def merge_is_finite(self, adapter_names):
         """Whether the weight would be finite after merging; it is only read."""

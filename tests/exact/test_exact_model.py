@@ -221,10 +221,16 @@ def _bodies(model):
 
 
 def test_signals_wait_nests_and_leaves_other_threads_alone():
-    with pytest.raises(KeyboardInterrupt), signals_wait():
+    reached = []
+
+    def twice():
         with signals_wait():
-            signal.raise_signal(signal.SIGINT)
-        reached = True
+            with signals_wait():
+                signal.raise_signal(signal.SIGINT)
+            reached.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        twice()
     assert reached
     results = []
     thread = threading.Thread(target=lambda: all_or_none([], None, lambda: results.append(1)))
