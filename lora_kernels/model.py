@@ -7,7 +7,8 @@ import warnings
 from torch import nn
 
 from .config import LoraConfig
-from .io.checkpoint import check_tensors, load_tensors, save_adapter
+from .io.checkpoint import check_tensors, save_adapter
+from .io.source import read_adapter
 from .io.state_dict import expected_shapes, get_peft_model_state_dict, set_peft_model_state_dict
 from .layers.base import LoraLayer, check_adapter_name
 from .targeting import find_targets
@@ -222,30 +223,52 @@ class PeftModel(nn.Module):
         is_trainable=False,
         config=None,
         autocast_adapter_dtype=True,
+        ephemeral_gpu_offload=False,
         low_cpu_mem_usage=False,
-        subfolder=None,
-        torch_device="cpu",
+        key_mapping=None,
+        *,
+        torch_device=None,
+        ignore_mismatched_sizes=False,
         strict=False,
+        **source,
     ):
-        """Wraps ``model``, in place, with the adapter saved in ``model_id`` (a directory).
+        """Wraps ``model``, in place, with a saved adapter.
 
-        Everything is checked before the model is touched.
+        Everything is checked before the model is touched. ``source``: ``subfolder``, ``revision`` and what else
+        :func:`read_adapter` takes to find the files of ``model_id``; what PEFT's arguments mean is said there.
+
+        Args:
+            model: any module without adapters.
+            model_id: a folder, a file in the layout of kohya or diffusers, or a repository in the local Hub cache.
+            is_trainable: whether the adapter trains; else the model is put into eval mode.
+            config: used instead of the one in the folder.
+            ephemeral_gpu_offload, low_cpu_mem_usage: without effect: adapters are never initialised only to be
+                overwritten, and are made on the device of their layer.
+            key_mapping: regular expressions that rename keys.
+            torch_device: where files are read to.
+            ignore_mismatched_sizes: leave tensors of another size out, with a warning.
+            strict: refuse keys that the model does not know.
 
         Raises:
             CheckpointError, ValueError: files that are missing, damaged or foreign, or do not fit the model.
         """
         _check_plain(model)
-        path = os.path.join(model_id, subfolder or "")
-        config = LoraConfig.from_pretrained(path) if config is None else LoraConfig.from_dict(config.to_dict())
-        config.inference_mode = not is_trainable
-        tensors = load_tensors(path, torch_device)
         check_adapter_name(adapter_name)
-        check_tensors(tensors, expected_shapes(find_targets(model, config)))
-        peft_model = cls(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True)
+        config, tensors = read_adapter(model, model_id, config, device=torch_device, key_mapping=key_mapping, **source)
+        config.inference_mode = not is_trainable
+        if not ignore_mismatched_sizes:
+            check_tensors(tensors, expected_shapes(find_targets(model, config)))
+        trained = [(p, p.requires_grad) for p in model.parameters()]
+        modes = [(module, module.training) for module in model.modules()]
+        peft_model = cls(model, config, adapter_name, autocast_adapter_dtype, not ignore_mismatched_sizes)
         try:
-            peft_model._finish_load(adapter_name, tensors, is_trainable, strict)
+            peft_model._finish_load(adapter_name, tensors, is_trainable, strict, ignore_mismatched_sizes)
         except BaseException:
             peft_model.base_model.unload()
+            for parameter, trains in trained:
+                parameter.requires_grad_(trains)
+            for module, mode in modes:
+                module.training = mode
             raise
         return peft_model
 
@@ -254,13 +277,17 @@ class PeftModel(nn.Module):
         model_id,
         adapter_name,
         is_trainable=False,
-        torch_device="cpu",
+        torch_device=None,
         autocast_adapter_dtype=True,
+        ephemeral_gpu_offload=False,
         low_cpu_mem_usage=False,
-        subfolder=None,
+        key_mapping=None,
+        *,
+        ignore_mismatched_sizes=False,
         strict=False,
+        **source,
     ):
-        """Adds the adapter saved in ``model_id`` (a directory); it is not made active.
+        """Adds a saved adapter; it is not made active. Arguments as of :meth:`from_pretrained`.
 
         Returns:
             ``(missing_keys, unexpected_keys)``: nothing is ever missing.
@@ -268,25 +295,25 @@ class PeftModel(nn.Module):
         Raises:
             CheckpointError, ValueError: as :meth:`from_pretrained`, or a name that is taken.
         """
-        path = os.path.join(model_id, subfolder or "")
-        config = LoraConfig.from_pretrained(path)
+        check_adapter_name(adapter_name)
+        model, options = self.get_base_model(), {"device": torch_device, "key_mapping": key_mapping, **source}
+        config, tensors = read_adapter(model, model_id, **options)
         config.inference_mode = not is_trainable
-        tensors = load_tensors(path, torch_device)
-        targets = find_targets(self.get_base_model(), config)
-        check_tensors(tensors, expected_shapes(targets))
-        self.base_model.add_adapter(
-            adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, meta=True, targets=targets
-        )
+        targets = find_targets(model, config)
+        if not ignore_mismatched_sizes:
+            check_tensors(tensors, expected_shapes(targets))
+        options = {"autocast_adapter_dtype": autocast_adapter_dtype, "meta": not ignore_mismatched_sizes}
+        self.base_model.add_adapter(adapter_name, config, targets=targets, **options)
         try:
-            return self._finish_load(adapter_name, tensors, is_trainable, strict)
+            return self._finish_load(adapter_name, tensors, is_trainable, strict, ignore_mismatched_sizes)
         except BaseException:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.base_model.delete_adapter(adapter_name)
             raise
 
-    def _finish_load(self, adapter_name, tensors, is_trainable, strict):
-        result = set_peft_model_state_dict(self, tensors, adapter_name, strict=strict)
+    def _finish_load(self, adapter_name, tensors, is_trainable, strict, ignore_mismatched_sizes):
+        result = set_peft_model_state_dict(self, tensors, adapter_name, ignore_mismatched_sizes, strict=strict)
         self.set_requires_grad(adapter_name, is_trainable)
         if not is_trainable:
             self.eval()

@@ -41,14 +41,18 @@ def load_tensors(directory, device="cpu"):
     Raises:
         CheckpointError: no such file, or one that is truncated, foreign or holds more than tensors.
     """
-    path = os.path.join(directory, WEIGHTS_NAME)
-    pickle = os.path.join(directory, PICKLE_NAME)
-    if not os.path.isfile(path) and not os.path.isfile(pickle):
-        raise CheckpointError(f"Can't find '{WEIGHTS_NAME}' (or '{PICKLE_NAME}') at '{directory}'")
-    try:
+    for name in (WEIGHTS_NAME, PICKLE_NAME):
+        path = os.path.join(directory, name)
         if os.path.isfile(path):
+            return load_file_of_tensors(path, device)
+    raise CheckpointError(f"Can't find '{WEIGHTS_NAME}' (or '{PICKLE_NAME}') at '{directory}'")
+
+
+def load_file_of_tensors(path, device="cpu"):
+    """The tensors in a file: safetensors, or a pickle (``.bin``, ``.pt``) read without running it. Raises as above."""
+    try:
+        if os.fspath(path).endswith(".safetensors"):
             return load_file(path, device=str(device))
-        path = pickle
         tensors = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path}: not a readable file of tensors ({str(error).splitlines()[0]})") from error

@@ -17,8 +17,7 @@ import os
 import torch
 from torch import nn
 
-from ..config import LoraConfig
-from ..io.checkpoint import load_tensors
+from ..io.source import read_adapter
 from ..targeting import pattern_value
 from .layer import PooledLinear
 from .router import Router
@@ -77,7 +76,7 @@ class AdapterPool:
         if not free:
             raise ValueError(f"num_slots: all {self.num_slots} slots are taken by {self.names}; evict one first")
         if isinstance(source, (str, os.PathLike)):
-            config, tensors = LoraConfig.from_pretrained(source), load_tensors(source)
+            config, tensors = read_adapter(self.model, source, config)
         else:
             tensors = dict(source)
             if config is None:

@@ -1,0 +1,109 @@
+"""Where an adapter comes from: a folder, a file of another tool's layout, or a repository in the local Hub cache.
+
+``read_adapter`` gives its config and its tensors under PEFT's keys; no model is changed.
+"""
+
+import os
+import re
+
+from ..config import CONFIG_NAME, LoraConfig
+from .checkpoint import PICKLE_NAME, WEIGHTS_NAME, CheckpointError, load_file_of_tensors, load_tensors
+from .layouts import is_foreign, to_peft
+
+PREFIX = "base_model.model."
+# Arguments of PEFT that say where to look on the Hub, and how to place a model on several devices.
+_HUB = ("revision", "token", "use_auth_token", "cache_dir", "force_download", "proxies", "local_files_only")
+_PLACING = ("max_memory", "device_map", "offload_folder", "offload_dir", "offload_buffers", "offload_index")
+
+
+def read_adapter(model, model_id, config=None, *, device="cpu", key_mapping=None, subfolder=None, **hub):
+    """``(config, tensors)`` of an adapter.
+
+    Args:
+        model: the model it is for (names of another layout are mapped to its modules); not changed.
+        model_id: a folder, a ``.safetensors`` or ``.bin`` file, or the name of a repository whose files are in the
+            local cache of the Hub.
+        config: a :class:`LoraConfig` to use instead of the one in the folder.
+        device: where the tensors go.
+        key_mapping: regular expression -> replacement, the first that matches a key (without PEFT's prefix).
+        subfolder: of the folder or repository.
+        hub: ``revision``, ``token``, ``cache_dir`` and the like; without effect on folders.
+
+    Raises:
+        CheckpointError, ValueError: nothing there, files that are damaged, or keys of no layout that is known.
+        TypeError: an argument that loading does not have.
+    """
+    unknown = [name for name in hub if name not in _HUB + _PLACING]
+    if unknown:
+        raise TypeError(f"{unknown[0]}: no such argument of loading; there are {', '.join(_HUB)}")
+    device = "cpu" if device is None else device
+    path = os.path.join(model_id, subfolder or "")
+    if os.path.isfile(model_id):
+        tensors, folder = load_file_of_tensors(model_id, device), None
+    else:
+        folder = path if os.path.isdir(model_id) else _cached(model_id, subfolder, hub)
+        tensors = None if _has_config(folder) or config is not None else _only_file(folder, device)
+    if tensors is None:
+        config = LoraConfig.from_pretrained(folder) if config is None else config
+        tensors = load_tensors(folder, device)
+    if is_foreign(tensors, config is not None):
+        return to_peft(model, tensors, config)
+    if config is None:
+        raise ValueError(f"Can't find '{CONFIG_NAME}' at '{folder or os.path.dirname(model_id)}'")
+    return LoraConfig.from_dict(config.to_dict()), _renamed(tensors, key_mapping)
+
+
+def _has_config(folder):
+    return os.path.isfile(os.path.join(folder, CONFIG_NAME))
+
+
+def _only_file(folder, device):
+    """The tensors of a folder without a config: of its one file of weights, where that is in another layout."""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    names = [name for name in names if name.endswith(".safetensors")] or [n for n in names if n.endswith(".bin")]
+    if len(names) == 1:
+        tensors = load_file_of_tensors(os.path.join(folder, names[0]), device)
+        if is_foreign(tensors):
+            return tensors
+    raise ValueError(f"Can't find '{CONFIG_NAME}' at '{folder}'")
+
+
+def _renamed(tensors, key_mapping):
+    if not key_mapping:
+        return tensors
+    renamed = {}
+    for key, tensor in tensors.items():
+        prefix = PREFIX if key.startswith(PREFIX) else ""
+        short = key.removeprefix(prefix)
+        found = (re.subn(pattern, replacement, short) for pattern, replacement in key_mapping.items())
+        renamed[prefix + next((new for new, count in found if count), short)] = tensor
+    if len(renamed) != len(tensors):
+        raise ValueError("key_mapping: two keys of the checkpoint are mapped to one")
+    return renamed
+
+
+def _cached(name, subfolder, hub):
+    """The folder of a repository in the local cache of the Hub."""
+    wanted = f"'{CONFIG_NAME}' at '{name}'"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", os.fspath(name)):
+        raise ValueError(f"Can't find {wanted}: no such folder")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise ValueError(f"Can't find {wanted}: no such folder, and no huggingface_hub to look it up with") from error
+    options = {key: hub[key] for key in ("revision", "cache_dir") if hub.get(key) is not None}
+    options.update(subfolder=subfolder or None, local_files_only=True)
+    try:
+        config = hf_hub_download(name, CONFIG_NAME, **options)
+    except Exception as error:
+        raise ValueError(
+            f"Can't find {wanted}: no such folder, and not in the local cache of the Hub, from which alone is loaded "
+            f"(`hf download {name}` fills it)"
+        ) from error
+    for weights in (WEIGHTS_NAME, PICKLE_NAME):
+        try:
+            hf_hub_download(name, weights, **options)
+            return os.path.dirname(config)
+        except Exception:  # the other of the two may be there
+            continue
+    raise CheckpointError(f"'{name}': its config is in the local cache of the Hub, its weights are not")
