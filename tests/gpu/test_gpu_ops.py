@@ -1,0 +1,140 @@
+"""Every op on each GPU backend: against float64 at real sizes, in CUDA graphs, compiled, to the bit, without a sync."""
+
+import pytest
+import torch
+
+import lora_kernels as lk
+from lora_kernels.check import CHECKS, DTYPES
+from lora_kernels.testing import assert_within_budget, make_linear
+
+from .calls import CALLS
+
+# M, K, N, R
+SHAPES = (
+    (1, 4096, 4096, 16),
+    (16, 4096, 1024, 64),
+    (64, 14336, 4096, 8),
+    (300, 4096, 4096, 16),
+    (700, 2048, 5632, 128),
+)
+NEEDS = {
+    "lora_linear": ["lora_linear"],
+    "lora_linear, gradients": ["lora_linear_train", "lora_linear_backward"],
+    "lora_linear, dropout": ["lora_linear_train", "lora_linear_backward"],
+    "lora_add_": ["lora_add_"],
+    "multi_lora_linear, banks": ["multi_lora_linear"],
+    "multi_lora_linear, lists": ["multi_lora_linear_list"],
+    "lora_shrink, lora_expand_": ["lora_shrink", "lora_expand_"],
+    "merge_": ["merge_"],
+    "unmerge_": ["merge_"],
+    "switch_": ["switch_"],
+}
+
+
+def test_every_check_says_what_it_needs():
+    assert set(NEEDS) == set(CHECKS)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("op", CHECKS)
+def test_within_budget_at_real_sizes(op, dtypes, needs):
+    needs(*NEEDS[op])
+    for shape in SHAPES:
+        for index, (ours, eager, exact) in enumerate(CHECKS[op](shape, *DTYPES[dtypes], "cuda")):
+            assert_within_budget(ours, eager, exact, f"{op} {shape}, result {index}")
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_cuda_graph_replays_with_changed_adapters(op, needs):
+    call = CALLS[op](torch.bfloat16)
+    needs(*call.needs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        call.run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        result = call.run()
+    for factor in (0.5, -3.0):
+        with torch.no_grad():
+            for tensor in call.adapters:
+                tensor.mul_(factor)
+        graph.replay()
+        replayed = result.clone()
+        with torch.no_grad():
+            assert torch.equal(replayed, call.run())
+
+
+@pytest.mark.parametrize("op", [name for name in CALLS if "gradients" not in name and "dropout" not in name])
+def test_compiles_as_one_graph(op, needs):
+    call = CALLS[op](torch.bfloat16)
+    needs(*call.needs)
+    with torch.no_grad():
+        expected = call.run().clone()
+        assert torch.equal(torch.compile(call.run, fullgraph=True)(), expected)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_the_same_call_gives_the_same_bits(op, needs):
+    call = CALLS[op](torch.bfloat16)
+    needs(*call.needs)
+    with torch.no_grad():
+        first = call.run().clone()
+        for _ in range(5):
+            assert torch.equal(call.run(), first)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_no_call_waits_for_the_gpu(op, needs):
+    call = CALLS[op](torch.bfloat16)
+    needs(*call.needs)
+    with torch.no_grad():
+        call.run()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call.run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("rank", [16, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_batch_invariant_rows_have_the_same_bits_in_any_batch(dtype, rank, gpu_backend, needs):
+    needs("lora_linear", "lora_add_")
+    case = make_linear(1025, 2048, 3072, rank, dtype, device="cuda")
+    with lk.use_backend(gpu_backend, batch_invariant=True):
+        whole = lk.ops.lora_linear(*case.args())
+        adapter = (case.lora_a, case.lora_b, case.scaling)
+        added = lk.ops.lora_add_(torch.zeros_like(whole), case.x, *adapter)
+        for rows in (slice(0, 1), slice(7, 40), slice(100, 612), slice(512, 1025)):
+            part = case.x[rows]
+            assert torch.equal(lk.ops.lora_linear(part, case.weight, case.bias, *adapter), whole[rows])
+            assert torch.equal(lk.ops.lora_add_(torch.zeros_like(whole[rows]), part, *adapter), added[rows])
+
+
+def test_offsets_beyond_two_to_the_31(needs):
+    """An output and an input of more than 2³¹ elements."""
+    needs("lora_linear")
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    rows = 2**31 // 4096 + 300
+    case = make_linear(300, 4096, 4096, 16, torch.bfloat16, device="cuda")
+    x = torch.zeros((rows, 4096), dtype=torch.bfloat16, device="cuda")
+    x[:300], x[-300:] = case.x, case.x
+    y = lk.ops.lora_linear(x, *case.args()[1:])
+    assert torch.equal(y[-300:], y[:300])
+    expected = torch.nn.functional.linear(case.x.float(), case.weight.float(), case.bias.float())
+    expected += (case.x.float() @ case.lora_a.float().t()) @ case.lora_b.float().t() * case.scaling
+    torch.testing.assert_close(y[-300:].float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_auto_takes_the_reference_for_what_no_gpu_has_proven(gpu_backend):
+    from lora_kernels.ops import cuda_choice
+
+    case = make_linear(4, 64, 32, 4, device="cuda")
+    with lk.use_backend("auto"):
+        lk.ops.lora_linear(*case.args())
+    ran = {backend for name, backend, _ in cuda_choice.calls if name == "lora_linear"}
+    proven = {b for b, names in cuda_choice.PROVEN.items() if "lora_linear" in names}
+    assert ran & (proven or {"reference"})
