@@ -8,6 +8,7 @@ COMMANDS = {
     "check": (".check", "self-test of every op on every backend against float64"),
     "demo": (".demo.run", "train, save, serve and merge adapters on a real encoder"),
     "bench": (".bench.run", "times against the base alone, addmm_ and PEFT"),
+    "tune": (".tune", "measure the Triton kernels' tiles on the GPU at hand"),
     "merge": (".disk.cli", "adapters into a safetensors checkpoint on disk"),
     "inspect": (".disk.inspect", "what an adapter touches: ranks, scaling, norms, size"),
 }

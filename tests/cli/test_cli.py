@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 
-from lora_kernels import ops
+from lora_kernels import check, ops
 from lora_kernels.__main__ import COMMANDS, main
 from lora_kernels.bench import cases, targets
 from lora_kernels.bench.contenders import contenders
+from lora_kernels.ops import dispatch
 
 
 @pytest.mark.parametrize("argv", [[], ["frobnicate"], ["--help"]])
@@ -49,9 +50,17 @@ def test_check_fails_when_an_op_is_broken(fault, monkeypatch, capsys):
     assert "unmerge_, " not in output.partition(" failed, ")[2]
 
 
-def test_check_of_a_backend_that_can_not_run(capsys):
+def test_check_of_a_backend_that_can_not_run(capsys, monkeypatch):
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend: f"{backend} is asleep")
     assert main(["check", "--backend", "triton"]) == 1
-    assert "triton" in capsys.readouterr().out
+    assert "triton: can not run here: triton is asleep" in capsys.readouterr().out
+
+
+def test_check_says_what_a_backend_lacks(capsys, monkeypatch):
+    monkeypatch.setattr(check, "_has", lambda backend, op: op != "merge_")
+    assert main(["check", "--backend", "reference"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("not checked: no kernel for merge_") == 2
 
 
 def test_bench_writes_json_and_plot(tmp_path, capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.check import CHECKS, DTYPES
+from lora_kernels.check import CHECKS, DTYPES, NEEDS
 from lora_kernels.testing import assert_within_budget, make_linear
 
 from .calls import CALLS
@@ -17,18 +17,6 @@ SHAPES = (
     (300, 4096, 4096, 16),
     (700, 2048, 5632, 128),
 )
-NEEDS = {
-    "lora_linear": ["lora_linear"],
-    "lora_linear, gradients": ["lora_linear_train", "lora_linear_backward"],
-    "lora_linear, dropout": ["lora_linear_train", "lora_linear_backward"],
-    "lora_add_": ["lora_add_"],
-    "multi_lora_linear, banks": ["multi_lora_linear"],
-    "multi_lora_linear, lists": ["multi_lora_linear_list"],
-    "lora_shrink, lora_expand_": ["lora_shrink", "lora_expand_"],
-    "merge_": ["merge_"],
-    "unmerge_": ["merge_"],
-    "switch_": ["switch_"],
-}
 
 
 def test_every_check_says_what_it_needs():
