@@ -89,7 +89,7 @@ def adapter_keys(model, adapter_name):
     copies = ()
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter_name in module.r:
-            keys = module.checkpoint_keys(module.base_layer, adapter_name, module.r[adapter_name])
+            keys = module.adapter_keys(adapter_name)
             required.update({f"{path}.{key}": f"{path}.{own}" for key, (own, _) in keys.items()})
         elif isinstance(module, ModulesToSaveWrapper):
             copies = (*copies, f"{path}.modules_to_save.")

@@ -1,7 +1,8 @@
 """``LoraLayer``: the adapters of one base layer, and what is active, merged and disabled.
 
-A kind of base layer adds ``_make_adapter``, ``forward`` and how its factors look as ``lora_a, lora_b`` of the
-weight (``_factors``). State dict keys and attribute names are PEFT's.
+A kind of base layer adds ``_make_adapter``, the update of one adapter (``update``), and how its weight and factors
+look as matrices ``W (rows, columns) += lora_b lora_a`` (``_matrices``, ``_matrix_factors``). State dict keys and attribute
+names are PEFT's.
 """
 
 import math
@@ -11,8 +12,10 @@ import torch
 from torch import nn
 
 from ..config import check_alpha, check_dropout, check_rank
+from . import dora
+from .initial import DENSE_INITS, check_init, initialise, reset
 from .merged import MergedWeight
-from .mixed import Rows, by_group
+from .mixed import Batch, Rows, by_group, run_lora
 from .scaling import Scaling, scaling_buffer
 
 
@@ -25,13 +28,18 @@ class LoraLayer(MergedWeight, nn.Module):
         merged_adapters: the adapters that are in the weight now.
     """
 
-    adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora")
+    adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
     base_class = nn.Module
+    weight_name = "weight"  # of the parameter of the base layer that the adapters update
+    inits = DENSE_INITS  # what ``init_lora_weights`` may be
+    has_dropout = has_bias = True
+    several = False  # whether the weight is a stack of matrices
+    stored_transposed = False  # whether the weight is (in_features, out_features)
 
     def __init__(self, base_layer):
         super().__init__()
-        if not isinstance(base_layer, self.base_class):
+        if not self.accepts(base_layer):
             raise TypeError(f"base_layer: expected {self.base_class.__name__}, got {type(base_layer).__name__}")
         self.base_layer = base_layer
         self.lora_dropout = nn.ModuleDict()
@@ -39,25 +47,35 @@ class LoraLayer(MergedWeight, nn.Module):
         self.lora_B = nn.ModuleDict()
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
-        self.r, self.lora_alpha, self.use_rslora = {}, {}, {}
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self.r, self.lora_alpha, self.use_rslora, self.use_dora, self.lora_bias = {}, {}, {}, {}, {}
         self.scaling = Scaling(self._buffers)
         self._merged = {}  # adapter -> the scaling it was merged with
         self._residuals = {}  # adapter -> what undoes its exact merge
+        self._merged_factors = {}  # DoRA adapter -> the factors of the rows it was merged with
         self._active_adapter = []
         self._disable_adapters = False
         self._rows = Rows()  # shared by all layers of a model
         self._reroute()
         self.train(base_layer.training)
 
+    @classmethod
+    def accepts(cls, module):
+        """Whether this is the LoRA layer for ``module``."""
+        return isinstance(module, cls.base_class)
+
     # What is there
 
     def get_base_layer(self):
         """The layer below all adapters."""
-        return self.base_layer
+        base = self.base_layer
+        while isinstance(base, LoraLayer):
+            base = base.base_layer
+        return base
 
     @property
     def weight(self):
-        return self.base_layer.weight
+        return getattr(self.get_base_layer(), self.weight_name)
 
     @property
     def bias(self):
@@ -87,6 +105,11 @@ class LoraLayer(MergedWeight, nn.Module):
         """All adapters of this layer, in the order they came."""
         return list(self.r)
 
+    def adapter_keys(self, adapter_name):
+        """Of an adapter: key in a checkpoint -> (key in this layer, shape)."""
+        options = {"use_dora": self.use_dora[adapter_name], "lora_bias": self.lora_bias[adapter_name]}
+        return self.checkpoint_keys(self.base_layer, adapter_name, self.r[adapter_name], **options)
+
     # Adding and removing
 
     def update_layer(
@@ -98,6 +121,8 @@ class LoraLayer(MergedWeight, nn.Module):
         lora_dropout=0.0,
         init_lora_weights=True,
         use_rslora=False,
+        use_dora=False,
+        lora_bias=False,
         autocast_adapter_dtype=True,
         inference_mode=False,
         device=None,
@@ -106,6 +131,10 @@ class LoraLayer(MergedWeight, nn.Module):
 
         Its factors have the dtype of the base weight, or float32 instead of a half-precision dtype
         (``autocast_adapter_dtype``), on the device of the base weight or on ``device``.
+
+        Returns:
+            What undoes an ``init_lora_weights`` that changes the base weight (PiSSA, OLoRA): the data that the
+            weight had. None otherwise.
 
         Raises:
             ValueError, TypeError: a name that is taken or unusable, or a number out of range.
@@ -116,28 +145,46 @@ class LoraLayer(MergedWeight, nn.Module):
         check_rank("r", r)
         check_alpha("lora_alpha", lora_alpha)
         check_dropout(lora_dropout)
-        if init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(f"init_lora_weights: expected True, False or 'gaussian', got {init_lora_weights!r}")
+        self._check_options(init_lora_weights, r, lora_dropout=lora_dropout, use_dora=use_dora, lora_bias=lora_bias)
         weight = self.weight
         if weight.dtype == torch.float64:
             raise TypeError("base_layer: expected a weight in float32, float16, bfloat16 or quantised, got float64")
         keep = weight.dtype.is_floating_point and not autocast_adapter_dtype
         dtype = weight.dtype if keep else torch.float32
         device = weight.device if device is None else device
+        replaced = None
         try:
-            self._make_adapter(adapter_name, r, init_lora_weights, device, dtype)
+            self._make_adapter(adapter_name, r, device, dtype, lora_bias)
             self.lora_dropout[adapter_name] = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
             self.register_buffer(scaling_buffer(adapter_name), torch.zeros((), device=weight.device), persistent=False)
-            self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
+            self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
             self.use_rslora[adapter_name] = use_rslora
-            self.lora_alpha[adapter_name] = lora_alpha
-            self.r[adapter_name] = r
+            self.use_dora[adapter_name], self.lora_bias[adapter_name] = use_dora, lora_bias
+            self.scaling[adapter_name] = self._own_scaling(adapter_name)
+            replaced = initialise(self, adapter_name, init_lora_weights)
+            if use_dora:
+                dora.add(self, adapter_name, device, dtype)
         except BaseException:
             self._drop(adapter_name)
+            if replaced is not None:
+                weight.data = replaced
             raise
         self.lora_dropout[adapter_name].train(self.training)
         self.set_requires_grad(adapter_name, adapter_name in self._active_adapter and not inference_mode)
         self._reroute()
+        return replaced
+
+    def _check_options(self, init, r, *, lora_dropout, use_dora, lora_bias):
+        """ValueError when this kind of layer has no such adapter. More are refused by some kinds."""
+        check_init(init, r, self.inits, type(self.base_layer).__name__)
+        if use_dora and lora_bias:
+            raise ValueError("lora_bias: True is not supported for DoRA, pass use_dora=False")
+        if lora_bias and getattr(self.base_layer, "bias", None) is None:
+            warnings.warn(
+                f"`lora_bias=True` was passed but the targeted layer of type {type(self.base_layer).__name__} "
+                "has no bias. This means that merging LoRA weights won't be possible.",
+                stacklevel=3,
+            )
 
     def delete_adapter(self, adapter_name):
         """Removes an adapter. ValueError when it is unknown or merged."""
@@ -219,9 +266,87 @@ class LoraLayer(MergedWeight, nn.Module):
         r = self.r[name]
         return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
 
+    # Computing
+
+    def forward(self, x, *args, **kwargs):
+        """The output of the base layer with the updates of the active adapters that are not merged."""
+        if self._rows.batch is not None or "adapter_names" in kwargs:
+            batch = Batch(kwargs.pop("adapter_names")) if "adapter_names" in kwargs else self._rows.batch
+            return run_lora(self, batch, x, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        dtype = y.dtype
+        for name, sign in self._terms:
+            y = self.update_rows(name, x, y) if sign > 0 else self._without(name, x, y)
+        return y.to(dtype)
+
+    def update_rows(self, name, x, y):
+        """``y``, the output of the base layer for the rows ``x``, with the update of one adapter.
+
+        ``y`` may be written to, and what comes back may be float32 where ``y`` is half precision. The rows may
+        be a part of a batch: an adapter of this layer changes no row that it is not given.
+        """
+        if self.use_dora[name]:
+            return dora.update_rows(self, name, x, y)
+        return self._add(name, self._dropped(name, x), y, self._buffers[scaling_buffer(name)])
+
+    def _without(self, name, x, y):
+        """``y`` without the update of an adapter that is in the weight."""
+        if name in self._merged_factors:
+            return dora.without(self, name, x, y)
+        return self._add(name, x, y, -self._merged[name])
+
     def _forward_rows(self, batch, x, *args, **kwargs):
         """A mixed batch; a kind of layer with an op for it overrides this."""
         return by_group(self, batch, x, *args, **kwargs)
+
+    def _add(self, name, x, y, scale):
+        return y + self._update(name, x) * scale
+
+    def _dropped(self, name, x):
+        return self.lora_dropout[name](x) if self.has_dropout else x
+
+    def _column(self, vector, y):
+        """A value per output feature, in a shape that broadcasts over ``y``."""
+        return vector.reshape(-1)
+
+    def _start_factors(self, name):
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    def _reset(self, name, kind):
+        """The factors as a new adapter starts: without effect."""
+        reset(self.lora_A[name].weight, self.lora_B[name].weight, kind, self.r[name])
+        if self.lora_bias[name]:
+            nn.init.zeros_(self.lora_B[name].bias)
+
+    # What DoRA asks for: the weight as a matrix (out_features, …) whose rows are rescaled
+
+    def magnitude_shape(self):
+        """The shape of the magnitudes of a DoRA adapter."""
+        return (self.out_features,)
+
+    def _norm_matrix(self):
+        return self.weight.detach()
+
+    def _norm_factors(self, name):
+        return self._factors(name)
+
+    # The weight as matrices
+
+    def _plain_weight(self):
+        """The weight of the base layer, to be written to. ValueError when it is no plain parameter."""
+        weight = self.get_base_layer()._parameters.get(self.weight_name)
+        if weight.__class__ is not nn.Parameter:
+            kind = "computed (parametrized) weight" if weight is None else type(weight).__name__
+            raise ValueError(f"{self.weight_name}: a {kind} can not be merged into; expected a plain parameter")
+        return weight.detach()
+
+    def _matrices(self):
+        """Views of the weight, each of which takes a low-rank update of its own."""
+        return [self._plain_weight()]
+
+    def _matrix_factors(self, name):
+        """``(lora_a, lora_b)`` of an adapter for each of the matrices."""
+        return [self._factors(name)]
 
     # Kept in step
 
@@ -229,9 +354,10 @@ class LoraLayer(MergedWeight, nn.Module):
         """Decides once what ``forward`` does, after any change of what is active, merged or disabled."""
         active = [] if self._disable_adapters else [n for n in self._active_adapter if n in self.r]
         added = [(name, 1.0) for name in active if name not in self._merged]
-        removed = [(name, -1.0) for name in self._merged] if self._disable_adapters else []
+        removed = [(name, -1.0) for name in reversed(self._merged)] if self._disable_adapters else []
         self._terms = (*added, *removed)
         one = len(added) == 1 and not self._merged
+        one = one and not (self.use_dora[added[0][0]] or self.lora_bias[added[0][0]])
         self._single = (added[0][0], scaling_buffer(added[0][0])) if one else None
 
     def _apply(self, fn, recurse=True):
@@ -242,6 +368,19 @@ class LoraLayer(MergedWeight, nn.Module):
     def __setstate__(self, state):
         super().__setstate__(state)
         self.scaling.buffers = self._buffers
+
+
+def factor_keys(name, a_shape, b_shape, magnitude_shape, use_dora, lora_bias):
+    """Of an adapter in ``lora_A`` and ``lora_B``: key in a checkpoint -> (key in the layer, shape)."""
+    keys = {
+        "lora_A.weight": (f"lora_A.{name}.weight", a_shape),
+        "lora_B.weight": (f"lora_B.{name}.weight", b_shape),
+    }
+    if lora_bias:
+        keys["lora_B.bias"] = (f"lora_B.{name}.bias", b_shape[:1])
+    if use_dora:
+        keys["lora_magnitude_vector"] = (f"lora_magnitude_vector.{name}.weight", magnitude_shape)
+    return keys
 
 
 def check_adapter_name(name):

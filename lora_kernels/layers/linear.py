@@ -2,10 +2,11 @@
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .. import ops
-from .base import LoraLayer
+from .base import LoraLayer, factor_keys
 from .mixed import Batch, by_group, run_lora
 from .scaling import scaling_buffer
 
@@ -106,23 +107,14 @@ class LoraLinear(LoraLayer):
             parameter.requires_grad_(requires_grad)
         return layer.train(self.training)
 
-    def _make_adapter(self, name, r, init, device, dtype):
+    def _make_adapter(self, name, r, device, dtype, bias):
         self.lora_A[name] = nn.Linear(self.in_features, r, bias=False, device=device, dtype=dtype)
-        self.lora_B[name] = nn.Linear(r, self.out_features, bias=False, device=device, dtype=dtype)
-        if init == "gaussian":
-            nn.init.normal_(self.lora_A[name].weight, std=1 / r)
-        elif init:
-            self.lora_A[name].reset_parameters()
-        if init:
-            nn.init.zeros_(self.lora_B[name].weight)
+        self.lora_B[name] = nn.Linear(r, self.out_features, bias=bias, device=device, dtype=dtype)
 
     @staticmethod
-    def checkpoint_keys(base, name, r):
+    def checkpoint_keys(base, name, r, *, use_dora=False, lora_bias=False):
         """Of an adapter: key in a checkpoint -> (key in this layer, shape)."""
-        return {
-            "lora_A.weight": (f"lora_A.{name}.weight", (r, base.in_features)),
-            "lora_B.weight": (f"lora_B.{name}.weight", (base.out_features, r)),
-        }
+        return factor_keys(name, (r, base.in_features), (base.out_features, r), (base.out_features,), use_dora, lora_bias)
 
     def _factors(self, name):
         return self.lora_A[name].weight, self.lora_B[name].weight
@@ -171,7 +163,7 @@ class LoraLinear(LoraLayer):
         if (
             not same
             or dtype not in (weight.dtype, torch.float32)
-            or any(self.lora_B[n].bias is not None for n in present)
+            or any(self.lora_bias[name] or self.use_dora[name] for name in present)
         ):
             return by_group(self, batch, x)
         scalings = batch.scalings(tuple(self.scaling[name] for name in present), weight.device)
@@ -187,19 +179,33 @@ class LoraLinear(LoraLayer):
             return y
         if not _unhooked(base) or type(base).forward is not _Linear.forward:
             y = y.clone()  # others may hold the output
+        dtype = y.dtype
         for name, sign in self._terms:
-            dropout = self.lora_dropout[name]
-            p, x_lora = 0.0, x
-            if sign > 0 and dropout.training and isinstance(dropout, _Dropout):
-                p = dropout.p
-            elif sign > 0:
-                x_lora = dropout(x)
-            if x_lora.dtype != y.dtype and y.dtype != torch.float32:
-                x_lora = x_lora.to(y.dtype)
-            scale = self._buffers[scaling_buffer(name)] if sign > 0 else -self._merged[name]
-            a, b = (f if f.dtype in (x_lora.dtype, torch.float32) else f.float() for f in self._factors(name))
-            y = ops.lora_add_(y, x_lora, a, b, scale, dropout_p=p)
+            y = self.update_rows(name, x, y) if sign > 0 else self._without(name, x, y)
+        return y if y.dtype is dtype else y.to(dtype)
+
+    def update_rows(self, name, x, y):
+        dropout = self.lora_dropout[name]
+        if self.use_dora[name] or not (isinstance(dropout, _Dropout) and dropout.training):
+            return super().update_rows(name, x, y)
+        return self._add(name, x, y, self._buffers[scaling_buffer(name)], dropout.p)
+
+    def _add(self, name, x, y, scale, p=0.0):
+        if x.dtype != y.dtype and y.dtype != torch.float32:
+            x = x.to(y.dtype)
+        a, b = (f if f.dtype in (x.dtype, torch.float32) else f.float() for f in self._factors(name))
+        y = ops.lora_add_(y, x, a, b, scale, dropout_p=p)
+        if self.lora_bias[name]:
+            y = y + (self.lora_B[name].bias * scale).to(y.dtype)
         return y
+
+    def _update(self, name, x):
+        a, b = self._factors(name)
+        return F.linear(F.linear(x.to(a.dtype), a), b, self.lora_B[name].bias)
+
+    def _base_product(self, x):
+        weight = self.weight
+        return F.linear(x.to(weight.dtype), weight)
 
 
 def _unhooked(module):

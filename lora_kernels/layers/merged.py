@@ -8,11 +8,11 @@ weight holds one kind or the other.
 import warnings
 
 import torch
-from torch import nn
 
 from .. import ops
 from ..ops import dispatch
 from ..ops.scalars import scaling_tensor
+from . import apart
 from .atomic import all_or_none
 
 
@@ -46,10 +46,15 @@ class MergedWeight:
             target = [*self._merged.items(), *zip(names, self._current_scaling(names), strict=True)]
             all_or_none([self], lambda layer: layer._restack(target))
             return
+        if apart.applies(self, names):
+            if safe_merge and not apart.is_finite(self, names):
+                raise ValueError("weight: the merged weight would hold Inf or NaN; nothing was changed")
+            all_or_none([self], lambda layer: apart.add(layer, {name: layer.scaling[name] for name in names}))
+            return
         a, b, scale = self._stacked(names, self._current_scaling(names))
 
         def add(layer):
-            ops.merge_(layer._plain_weight(), a, b, scale, safe=safe_merge)
+            ops.merge_(layer._matrices()[0], a, b, scale, safe=safe_merge)
             layer._merged.update({name: layer.scaling[name] for name in names})
             layer._reroute()
 
@@ -73,10 +78,13 @@ class MergedWeight:
             target = [(name, scale) for name, scale in self._merged.items() if name not in names]
             all_or_none([self], lambda layer: layer._restack(target))
             return
+        if apart.applies(self, names):
+            all_or_none([self], lambda layer: apart.take_out(layer, names))
+            return
         a, b, scale = self._stacked(names, [self._merged[name] for name in names])
 
         def take_out(layer):
-            ops.unmerge_(layer._plain_weight(), a, b, scale)
+            ops.unmerge_(layer._matrices()[0], a, b, scale)
             layer._merged = {n: s for n, s in layer._merged.items() if n not in names}
             layer._reroute()
 
@@ -101,6 +109,8 @@ class MergedWeight:
         self._known_merged(olds)
         if self._residuals:
             self._check_exact([new])
+        if apart.applies(self, [new]):
+            apart.check(self, [new])
         # The new one takes the place of the first that goes.
         target = []
         for name, scale in self._merged.items():
@@ -112,9 +122,11 @@ class MergedWeight:
         def switched(layer):
             if layer._residuals:
                 layer._restack(target)
+            elif apart.applies(layer, [new]):
+                apart.become(layer, dict(target))
             else:
                 old = layer._stacked(olds, [layer._merged[name] for name in olds])
-                ops.switch_(layer._plain_weight(), old, layer._stacked([new], [layer.scaling[new]]))
+                ops.switch_(layer._matrices()[0], old, layer._stacked([new], [layer.scaling[new]]))
                 layer._merged = dict(target)
             layer._active_adapter = [new] if everything else replaced(layer._active_adapter, olds, new)
             layer._reroute()
@@ -138,11 +150,15 @@ class MergedWeight:
             )
         if exact:
             self._check_exact(names)
-        self._plain_weight()
+        self._matrices()
+        if apart.applies(self, names):
+            apart.check(self, names)
         return list(dict.fromkeys(names))
 
     def _check_exact(self, names):
         """ValueError where an adapter does something else to its layer than ``W + ΔW``."""
+        if self.several:
+            raise ValueError(f"exact: a stack of matrices ({type(self).__name__}) is not merged exactly, use exact=False")
         for name in names:
             for option in ("use_dora", "lora_bias"):
                 if getattr(self, option, {}).get(name):
@@ -152,15 +168,17 @@ class MergedWeight:
 
     def merge_is_finite(self, adapter_names):
         """Whether the weight would be finite after merging; it is only read."""
+        if apart.applies(self, adapter_names):
+            return apart.is_finite(self, adapter_names)
         a, b, scale = self._stacked(adapter_names, self._current_scaling(adapter_names))
-        weight = self._plain_weight()
+        weight = self._matrices()[0]
         check = dispatch.select("merge_is_finite", weight)
         return bool(check(weight, a, b, scaling_tensor(scale, weight), 1.0))
 
     def get_delta_weight(self, adapter):
-        """``scaling · B A`` in the layout of the base weight: (out_features, in_features), or (V, d)."""
+        """``scaling · B A`` in the layout of the base weight."""
         self._known(adapter)
-        a, b = self._factors(adapter)
+        a, b = self._matrix_factors(adapter)[0]
         return (b @ a) * self.scaling[adapter]
 
     def merge_state(self):
@@ -181,9 +199,12 @@ class MergedWeight:
         self._reroute()
 
     def _restore_plain(self, merged):
+        if apart.applies(self, merged):
+            apart.become(self, merged)
+            return
         extra = {name: scale for name, scale in self._merged.items() if name not in merged}
         missing = {name: scale for name, scale in merged.items() if name not in self._merged}
-        weight = self._plain_weight()
+        weight = self._matrices()[0]
         out, back = (self._stacked(list(t), list(t.values())) if t else None for t in (extra, missing))
         if out and back:
             ops.switch_(weight, out, back)
@@ -218,13 +239,13 @@ class MergedWeight:
         self._reroute()
 
     def _push(self, name, scale):
-        residual = ops.merge_exact_(self._plain_weight(), *self._exact_term(name, scale))
+        residual = ops.merge_exact_(self._matrices()[0], *self._exact_term(name, scale))
         self._merged[name], self._residuals[name] = scale, residual
 
     def _pop(self, instead=None):
         """Takes the top of the stack out; ``instead``, (name, scaling), goes in during the same pass."""
         name, scale = next(reversed(self._merged.items()))
-        weight, old, residual = self._plain_weight(), self._exact_term(name, scale), self._residuals[name]
+        weight, old, residual = self._matrices()[0], self._exact_term(name, scale), self._residuals[name]
         if instead is None:
             ops.unmerge_exact_(weight, *old, residual)
         else:
@@ -244,17 +265,13 @@ class MergedWeight:
     def _current_scaling(self, names):
         return [self.scaling[name] for name in names]
 
-    def _plain_weight(self):
-        weight = self.base_layer._parameters.get("weight")
-        if weight.__class__ is not nn.Parameter:
-            kind = "computed (parametrized) weight" if weight is None else type(weight).__name__
-            raise ValueError(f"weight: a {kind} can not be merged into; expected a plain parameter")
-        return weight.detach()
-
     def _stacked(self, names, scalings):
         """``lora_a, lora_b, scaling`` of several adapters as of one: ranks side by side, scaling inside b."""
-        factors = [tuple(f.detach() for f in self._factors(name)) for name in names]
-        if len(names) == 1:
+        return self._as_one([self._matrix_factors(name)[0] for name in names], scalings)
+
+    def _as_one(self, pairs, scalings):
+        factors = [tuple(f.detach() for f in pair) for pair in pairs]
+        if len(factors) == 1:
             return (*self._usable(*factors[0]), scalings[0])
         a = torch.cat([a.float() for a, _ in factors], 0)
         b = torch.cat([b.float() * scale for (_, b), scale in zip(factors, scalings, strict=True)], 1)
@@ -262,7 +279,7 @@ class MergedWeight:
 
     def _usable(self, *factors):
         """Factors in a dtype that the ops take: the one of the weight, or float32."""
-        dtype = self.base_layer.weight.dtype
+        dtype = self.weight.dtype
         return tuple(f if f.dtype in (dtype, torch.float32) else f.float() for f in factors)
 
 

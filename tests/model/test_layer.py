@@ -374,7 +374,7 @@ def test_autocast(autocast):
         (lambda m: m.update_layer("b", 2.0, 8), TypeError, "r:"),
         (lambda m: m.update_layer("b", 2, None), TypeError, "lora_alpha"),
         (lambda m: m.update_layer("b", 2, 2, lora_dropout=2), ValueError, "lora_dropout"),
-        (lambda m: m.update_layer("b", 2, 2, init_lora_weights="olora"), ValueError, "init_lora_weights"),
+        (lambda m: m.update_layer("b", 2, 2, init_lora_weights="eva"), ValueError, "init_lora_weights"),
         (lambda m: m.update_layer("a.b", 2, 2), ValueError, "adapter_name"),
         (lambda m: m.update_layer("../b", 2, 2), ValueError, "adapter_name"),
         (lambda m: m.update_layer("keys", 2, 2), ValueError, "adapter_name"),

@@ -1,0 +1,94 @@
+"""How the factors of a new adapter start: ``init_lora_weights``, as PEFT has it.
+
+PiSSA (Meng et al. 2024, arXiv:2404.02948) and OLoRA (Büyükakyüz 2024, arXiv:2406.01775) start from the leading
+part of the base weight, and take that part out of the weight.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+DENSE_INITS = ("gaussian", "orthogonal", "olora", "pissa")
+PLAIN_INITS = ("gaussian",)
+
+
+def check_init(init, r, allowed, kind):
+    """ValueError when a layer of this kind can not start so."""
+    name = init.lower() if isinstance(init, str) else init
+    plain = name.partition("_niter_")[0] if isinstance(name, str) else name
+    if name is not True and name is not False and plain not in allowed:
+        names = "', '".join(allowed)
+        raise ValueError(f"init_lora_weights: expected True, False or '{names}' for a {kind}, got {init!r}")
+    if plain == "pissa" and plain != name and not name.rpartition("_")[2].isdigit():
+        raise ValueError(f"init_lora_weights: expected 'pissa' or 'pissa_niter_[number of iters]', got {init!r}")
+    if name == "orthogonal" and r % 2:
+        raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead.")
+
+
+def initialise(layer, name, init):
+    """Fills the factors of an adapter that was just made; on the meta device only the base weight changes.
+
+    Returns:
+        The data that the base weight had, where it is changed; else None.
+    """
+    if init is False:
+        return None
+    kind = init.lower() if isinstance(init, str) else init
+    if isinstance(kind, str) and kind.startswith(("pissa", "olora")):
+        return _from_weight(layer, name, kind)
+    a, b = layer._start_factors(name)
+    if a.is_meta:
+        return None
+    with torch.no_grad():
+        if kind == "orthogonal":
+            _orthogonal(a, b)
+        else:
+            layer._reset(name, kind)
+    return None
+
+
+def reset(a, b, kind, r):
+    """A as ``nn.Linear`` starts, or N(0, 1/r²) for "gaussian"; B zero: the adapter starts without effect."""
+    if kind == "gaussian":
+        nn.init.normal_(a, std=1 / r)
+    else:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    nn.init.zeros_(b)
+
+
+def _orthogonal(a, b):
+    """A and B on complementary halves of an orthogonal basis of the rank space; small, and not without effect."""
+    r, half = a.shape[0], a.shape[0] // 2
+    q, _ = torch.linalg.qr(torch.randn(r, r))
+    a.copy_(torch.randn(a.shape[1], half).mm(q[0::2]).T / 10.0)
+    b.copy_(torch.randn(half, b.shape[0]).T.mm(q[1::2]) / 10.0)
+
+
+@torch.no_grad()
+def _from_weight(layer, name, kind):
+    weight = layer._plain_weight()
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"init_lora_weights: {kind} expects a weight in float32, float16 or bfloat16, got {weight.dtype}")
+    stored_transposed = layer.stored_transposed
+    matrix = (weight.t() if stored_transposed else weight).to(torch.float32)
+    r, scale = layer.r[name], layer.scaling[name]
+    if kind == "olora":
+        q, upper = torch.linalg.qr(matrix)
+        a, b = upper[:r].contiguous(), q[:, :r].contiguous()
+    else:
+        if kind == "pissa":
+            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+            u, s, vh = u[:, :r], s[:r], vh[:r]
+        else:
+            u, s, v = torch.svd_lowrank(matrix, r, niter=int(kind.rpartition("_")[2]))
+            vh = v.t()
+        root = torch.diag(torch.sqrt(s / scale))
+        a, b = root @ vh, u @ root
+    rest = (matrix - scale * b @ a).to(weight.dtype)
+    if not layer.lora_A[name].weight.is_meta:
+        layer.lora_A[name].weight.data.copy_(a)
+        layer.lora_B[name].weight.data.copy_(b)
+    parameter = layer.weight
+    replaced, parameter.data = parameter.data, (rest.t() if stored_transposed else rest).contiguous()
+    return replaced
