@@ -7,6 +7,7 @@
 import pathlib
 
 from . import ops
+from .compat import peft_compat
 from .config import LoraConfig, TaskType
 from .integrations import accelerate, restore
 from .io.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
@@ -32,6 +33,7 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "ops",
+    "peft_compat",
     "restore",
     "set_peft_model_state_dict",
     "use_backend",

@@ -12,6 +12,8 @@ import warnings
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
+from .initial import DENSE_INITS, check_init
+
 CONFIG_NAME = "adapter_config.json"
 
 
@@ -36,11 +38,15 @@ class LoraRuntimeConfig:
 
 
 # Implemented by PEFT and not here. Only the default is accepted.
-_UNSUPPORTED = (
-    "alora_invocation_tokens", "arrow_config", "corda_config", "ensure_weight_tying", "eva_config", "kasa_config",
-    "layer_replication", "lora_bias", "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters",
-    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
-)  # fmt: skip
+_VARIANTS = {
+    "alora_invocation_tokens": "aLoRA", "arrow_config": "Arrow", "corda_config": "CorDA", "eva_config": "EVA",
+    "ensure_weight_tying": "tied adapters", "kasa_config": "KaSA", "layer_replication": "replicated layers",
+    "lora_ga_config": "LoRA-GA", "megatron_config": "Megatron layers", "monteclora_config": "MonteCLoRA",
+    "target_parameters": "parameters", "trainable_token_indices": "trainable tokens", "use_bdlora": "BD-LoRA",
+    "use_qalora": "QALoRA", "velora_config": "VeLoRA",
+}  # fmt: skip
+_INIT_VARIANTS = {"corda": "CorDA", "eva": "EVA", "loftq": "LoftQ", "lora_ga": "LoRA-GA", "mica": "MiCA"}
+_ELSEWHERE = "not implemented in lora_kernels; `peft` creates such a model, and `lora_kernels.accelerate` speeds it up"
 # Without effect unless a field above or ``init_lora_weights="loftq"`` is set: kept, with a warning.
 _INERT = ("loftq_config", "megatron_core", "qalora_group_size")
 
@@ -129,16 +135,24 @@ class LoraConfig:
 
     def _check_supported(self):
         defaults = {f.name: f.default for f in fields(self)}
-        for name in _UNSUPPORTED:
+        for name in _VARIANTS:
             if getattr(self, name) != defaults[name] and getattr(self, name) not in ([], {}):
-                raise NotImplementedError(
-                    f"{name}={getattr(self, name)!r} is not implemented in lora_kernels; `peft` creates such a model"
-                )
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise NotImplementedError(
-                f"init_lora_weights: expected True, False or 'gaussian', got {self.init_lora_weights!r}; "
-                "other initialisations are not implemented in lora_kernels; `peft` creates such a model"
+                raise NotImplementedError(f"{name}={getattr(self, name)!r} ({_VARIANTS[name]}): {_ELSEWHERE}")
+        init = self.init_lora_weights
+        variant = _INIT_VARIANTS.get(init.lower()) if isinstance(init, str) else None
+        if variant:
+            raise NotImplementedError(f"init_lora_weights={init!r} ({variant}): {_ELSEWHERE}")
+        check_init(init, self.r, DENSE_INITS, "LoRA layer")
+        for name in ("use_dora", "lora_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+        if self.lora_bias and init not in (True, False):
+            raise ValueError(
+                "The argument lora_bias=True is only supported with init_lora_weights=True or False, got "
+                f"init_lora_weights={init!r} instead."
             )
+        if self.lora_bias and self.use_dora:
+            raise ValueError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False")
         inert = [n for n in _INERT if getattr(self, n) not in (None, {}, defaults[n])]
         if inert:
             warnings.warn(f"{', '.join(inert)}: without effect here, kept as given", stacklevel=4)

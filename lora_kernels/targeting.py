@@ -11,10 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .layers.base import LoraLayer
-from .layers.embedding import LoraEmbedding
-from .layers.linear import LoraLinear
-from .layers.saved import ModulesToSaveWrapper
+from .layers import LoraLayer, LoraLinear, LoraTransposed, ModulesToSaveWrapper, layer_class
 
 # The default targets of transformers' model types, where ``target_modules`` is None.
 _TYPES_BY_TARGETS = {
@@ -82,6 +79,7 @@ def find_targets(model, config):
             plan.lora.append(_target(model, config, name, module))
     if not plan.lora:
         raise ValueError(_nothing_found(config, names, excluded))
+    _correct_fan_in(config, plan.lora)
     plan.saved = _saved_modules(model, config)
     _warn_unused(config, names, plan, excluded)
     return plan
@@ -111,10 +109,22 @@ def _resolve(model, config):
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
             _check_pattern(name, key)
-    if config.fan_in_fan_out:
-        warnings.warn("fan_in_fan_out: True is not possible for nn.Linear; it is set to False", stacklevel=4)
-        config.fan_in_fan_out = False
     return config
+
+
+def _correct_fan_in(config, targets):
+    """``fan_in_fan_out`` follows from the layer: a warning, and the config is set right, as in PEFT."""
+    for target in targets:
+        if target.layer_class in (LoraLinear, LoraTransposed):
+            stored = target.layer_class.stored_transposed
+            if config.fan_in_fan_out is not stored:
+                kind = "Conv1D" if stored else "torch.nn.Linear"
+                warnings.warn(
+                    f"fan_in_fan_out is set to {not stored} but the target module is `{kind}`. "
+                    f"Setting fan_in_fan_out to {stored}.",
+                    stacklevel=5,
+                )
+                config.fan_in_fan_out = stored
 
 
 def _check_pattern(name, pattern):
@@ -155,7 +165,8 @@ def _all_linear(model, config):
     return {
         name
         for name, module in _module_names(model).items()
-        if isinstance(module, (nn.Linear, LoraLinear)) and id(module) not in heads | inside_attention
+        if (isinstance(module, (nn.Linear, LoraLinear)) or LoraTransposed.accepts(module))
+        and id(module) not in heads | inside_attention
     }
 
 
@@ -201,19 +212,20 @@ def pattern_value(patterns, name, default):
 
 def _target(model, config, name, module):
     base = module.base_layer if isinstance(module, LoraLayer) else module
-    layer_class = next((c for c in (LoraLinear, LoraEmbedding) if isinstance(base, c.base_class)), None)
+    kind = layer_class(base)
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, ModulesToSaveWrapper):
         raise ValueError(f"target_modules: '{name}' is saved in full by another adapter (modules_to_save)")
-    if layer_class is None:
+    if kind is None:
         raise ValueError(
-            f"target_modules: '{name}' is a {type(base).__name__}; only nn.Linear and nn.Embedding can be adapted"
+            f"target_modules: '{name}' is not supported, it is a {type(base).__name__}. Currently, only "
+            "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d and transformers' Conv1D can be adapted"
         )
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(f"target_modules: '{name}' is used by nn.MultiheadAttention without being called")
     r = pattern_value(config.rank_pattern, name, config.r)
     alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
-    return Target(name, module, layer_class, r, alpha)
+    return Target(name, module, kind, r, alpha)
 
 
 def _saved_modules(model, config):
@@ -239,7 +251,7 @@ def _closest(wanted, names):
 
 def _nothing_found(config, names, excluded):
     wanted = config.target_modules
-    adaptable = [n for n, m in names.items() if isinstance(m, (nn.Linear, nn.Embedding, LoraLayer))]
+    adaptable = [n for n, m in names.items() if isinstance(m, LoraLayer) or layer_class(m)]
     listed = [wanted] if isinstance(wanted, str) else sorted(wanted)
     message = f"target_modules: no module of the model matches {listed}"
     if excluded:

@@ -102,17 +102,21 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
                     layer._rows = self._rows
                     layer.enable_adapters(not disabled)
                 undo.append((layer._drop, adapter_name))
-                layer.update_layer(
+                replaced = layer.update_layer(
                     adapter_name,
                     target.r,
                     target.lora_alpha,
                     lora_dropout=config.lora_dropout,
                     init_lora_weights=config.init_lora_weights,
                     use_rslora=config.use_rslora,
+                    use_dora=config.use_dora,
+                    lora_bias=config.lora_bias,
                     autocast_adapter_dtype=autocast_adapter_dtype,
                     inference_mode=config.inference_mode,
                     device="meta" if meta else None,
                 )
+                if replaced is not None:
+                    undo.append((setattr, layer.weight, "data", replaced))
                 self._replace(target.name, target.module, layer, undo)
             for index, (name, module) in enumerate(targets.saved):
                 wrapper = module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module)

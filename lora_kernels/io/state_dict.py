@@ -107,7 +107,8 @@ def expected_shapes(targets):
     shapes = {}
     for target in targets.lora:
         base = target.module.base_layer if isinstance(target.module, LoraLayer) else target.module
-        for key, (_, shape) in target.layer_class.checkpoint_keys(base, "", target.r).items():
+        options = {"use_dora": targets.config.use_dora, "lora_bias": targets.config.lora_bias}
+        for key, (_, shape) in target.layer_class.checkpoint_keys(base, "", target.r, **options).items():
             shapes[f"{PREFIX}{target.name}.{key}"] = shape
     for name, module in targets.saved:
         module = module.original_module if isinstance(module, ModulesToSaveWrapper) else module

@@ -1,8 +1,28 @@
 """LoRA layers: one file a kind of base layer, all on ``LoraLayer``, which owns the state of the adapters."""
 
 from .base import LoraLayer
+from .conv import LoraConv
 from .embedding import LoraEmbedding
 from .linear import LoraLinear
 from .saved import ModulesToSaveWrapper
+from .transposed import LoraTransposed
 
-__all__ = ["LoraEmbedding", "LoraLayer", "LoraLinear", "ModulesToSaveWrapper"]
+# A base layer gets the first of these that accepts it.
+KINDS = (LoraEmbedding, LoraConv, LoraLinear, LoraTransposed)
+
+
+def layer_class(module):
+    """The LoRA layer for ``module``, or None."""
+    return next((kind for kind in KINDS if kind.accepts(module)), None)
+
+
+__all__ = [
+    "KINDS",
+    "LoraConv",
+    "LoraEmbedding",
+    "LoraLayer",
+    "LoraLinear",
+    "LoraTransposed",
+    "ModulesToSaveWrapper",
+    "layer_class",
+]

@@ -1,8 +1,8 @@
 """``LoraLayer``: the adapters of one base layer, and what is active, merged and disabled.
 
-A kind of base layer adds ``_make_adapter``, the update of one adapter (``update``), and how its weight and factors
-look as matrices ``W (rows, columns) += lora_b lora_a`` (``_matrices``, ``_matrix_factors``). State dict keys and attribute
-names are PEFT's.
+A kind of base layer adds ``_make_adapter``, the update of one adapter (``_update``), and how its weight and
+factors look as matrices ``W (rows, columns) += lora_b lora_a`` (``_matrices``, ``_matrix_factors``). State dict keys
+and attribute names are PEFT's.
 """
 
 import math
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..config import check_alpha, check_dropout, check_rank
+from ..initial import DENSE_INITS, check_init, initialise, reset
 from . import dora
-from .initial import DENSE_INITS, check_init, initialise, reset
 from .merged import MergedWeight
 from .mixed import Batch, Rows, by_group, run_lora
 from .scaling import Scaling, scaling_buffer
@@ -40,7 +40,7 @@ class LoraLayer(MergedWeight, nn.Module):
     def __init__(self, base_layer):
         super().__init__()
         if not self.accepts(base_layer):
-            raise TypeError(f"base_layer: expected {self.base_class.__name__}, got {type(base_layer).__name__}")
+            raise TypeError(f"base_layer: {type(self).__name__} does not take a {type(base_layer).__name__}")
         self.base_layer = base_layer
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()

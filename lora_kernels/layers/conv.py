@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..initial import PLAIN_INITS
 from .base import LoraLayer, factor_keys
-from .initial import PLAIN_INITS
 
 _FUNCTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 

@@ -57,7 +57,9 @@ def merge(layer, scalings):
     """Rescales and updates the weight by one adapter after another, and notes the factors."""
     factors = _all_factors(layer, scalings)
     if any(bool((c == 0).any()) for c in factors.values()):
-        raise ValueError("lora_magnitude_vector: a magnitude of 0 can not be merged: it would erase a row of the weight")
+        raise ValueError(
+            "lora_magnitude_vector: a magnitude of 0 can not be merged: it would erase a row of the weight"
+        )
     _merge_into(layer, layer._norm_matrix(), scalings, factors)
     layer._merged_factors.update(factors)
 
@@ -80,9 +82,7 @@ def merge_is_finite(layer, scalings):
 
 def _all_factors(layer, scalings):
     """Of DoRA adapters that are about to be merged."""
-    return {
-        name: _factors(layer, name, scale).detach() for name, scale in scalings.items() if layer.use_dora[name]
-    }
+    return {name: _factors(layer, name, scale).detach() for name, scale in scalings.items() if layer.use_dora[name]}
 
 
 def _merge_into(layer, weight, scalings, factors):

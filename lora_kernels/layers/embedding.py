@@ -5,7 +5,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from .base import LoraLayer
-from .base import LoraLayer
 
 
 class LoraEmbedding(LoraLayer):

@@ -114,7 +114,9 @@ class LoraLinear(LoraLayer):
     @staticmethod
     def checkpoint_keys(base, name, r, *, use_dora=False, lora_bias=False):
         """Of an adapter: key in a checkpoint -> (key in this layer, shape)."""
-        return factor_keys(name, (r, base.in_features), (base.out_features, r), (base.out_features,), use_dora, lora_bias)
+        return factor_keys(
+            name, (r, base.in_features), (base.out_features, r), (base.out_features,), use_dora, lora_bias
+        )
 
     def _factors(self, name):
         return self.lora_A[name].weight, self.lora_B[name].weight

@@ -96,7 +96,7 @@ def test_module_tree_state_dict_and_initial_values_are_those_of_peft(case):
     assert list(a) == list(b)
     for key in a:
         assert torch.equal(a[key], b[key]), key
-    names = [n for n, _ in theirs.named_modules() if "lora_magnitude_vector" not in n]
+    names = [n for n, _ in theirs.named_modules()]
     assert [n for n, _ in ours.named_modules()] == names
     assert [n for n, p in ours.named_parameters() if p.requires_grad] == [
         n for n, p in theirs.named_parameters() if p.requires_grad
@@ -227,10 +227,10 @@ def test_no_pickle_is_executed(tmp_path, monkeypatch, name):
     [
         ({"peft_type": "IA3"}, "peft_type"),
         ({"r": 10**9}, "shape"),
-        ({"use_dora": True}, "use_dora"),
+        ({"kasa_config": {"beta": 1.0}}, "KaSA"),
         ({"target_modules": ["nothing"]}, "nothing"),
         ({"lora_alpha": "8"}, "lora_alpha"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "mica"}, "init_lora_weights"),
     ],
 )
 def test_configs_that_do_not_fit_are_named(tmp_path, change, message):

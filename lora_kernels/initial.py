@@ -69,7 +69,9 @@ def _orthogonal(a, b):
 def _from_weight(layer, name, kind):
     weight = layer._plain_weight()
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"init_lora_weights: {kind} expects a weight in float32, float16 or bfloat16, got {weight.dtype}")
+        raise TypeError(
+            f"init_lora_weights: {kind} expects a weight in float32, float16 or bfloat16, got {weight.dtype}"
+        )
     stored_transposed = layer.stored_transposed
     matrix = (weight.t() if stored_transposed else weight).to(torch.float32)
     r, scale = layer.r[name], layer.scaling[name]
