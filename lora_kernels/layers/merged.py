@@ -158,7 +158,9 @@ class MergedWeight:
     def _check_exact(self, names):
         """ValueError where an adapter does something else to its layer than ``W + ΔW``."""
         if self.several:
-            raise ValueError(f"exact: a stack of matrices ({type(self).__name__}) is not merged exactly, use exact=False")
+            raise ValueError(
+                f"exact: a stack of matrices ({type(self).__name__}) is not merged exactly, use exact=False"
+            )
         for name in names:
             for option in ("use_dora", "lora_bias"):
                 if getattr(self, option, {}).get(name):
