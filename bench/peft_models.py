@@ -1,6 +1,6 @@
 """Whole models of ``peft`` before and after ``accelerate``, and our own wrapping, on all-MiniLM-L6-v2.
 
-    python bench/peft_models.py [--json FILE] [--seconds S] [--only CASE ...]
+    python bench/peft_models.py [--json FILE] [--seconds S] [--only CASE ...] [--threads N] [--cpu-time]
 
 Every figure is a best of many calls, the contenders taking turns in one process. The model is that of the demo;
 ``base`` is the encoder without adapters. ``peak`` is the memory that merge_and_unload adds, beside one layer's
@@ -21,9 +21,11 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels.bench.measure import facts
+from lora_kernels.bench.timing import interleaved
 from lora_kernels.demo.model import TARGETS, load
 
 RANK = 16
+CLOCK = time.perf_counter
 
 
 def adapters(model, names, package=peft):
@@ -42,15 +44,7 @@ def tokens(rows, length):
 
 def best(calls, seconds, rounds=5):
     """name -> best seconds of a call; the calls take turns."""
-    times = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds or min(map(len, times.values())) < rounds:
-        for name, call in calls.items():
-            begun = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begun)
+    times = interleaved(calls, seconds=seconds, min_rounds=rounds, clock=CLOCK)
     return {name: min(found) for name, found in times.items()}
 
 
@@ -137,7 +131,13 @@ def main():
     parser.add_argument("--json")
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="time that the process ran, not that passed")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.cpu_time:
+        global CLOCK
+        CLOCK = time.process_time
     results = {}
     for name in arguments.only:
         for dtype in (torch.float32, torch.bfloat16):
@@ -149,7 +149,7 @@ def main():
             print(kind + ": " + ", ".join(_text(name, item) for item in results[kind].items()), flush=True)
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"facts": facts(), "results": results}, file, indent=1)
+            json.dump({"facts": facts(), "cpu_time": arguments.cpu_time, "results": results}, file, indent=1)
 
 
 def _text(case, item):
