@@ -10,6 +10,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 DEFAULT_TORCH := torch==2.13.0
 OLDEST_TORCH := torch==2.10.0
+OLDEST_TRITON := triton==3.6.0
 TORCH ?= $(DEFAULT_TORCH)
 VENV ?= .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(subst ==,-,$(TORCH)))
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13"
@@ -38,11 +39,11 @@ endif
 
 NATIVE_FILES := setup.py CMakeLists.txt $(shell find csrc cmake build_support -type f -not -name '*.pyc')
 
-.PHONY: help build test demo bench lint format abi wheel clean native-in-place
+.PHONY: help build test demo bench static static-oldest lint format abi wheel clean native-in-place
 
 help:  ## list the targets
 	@sed -n '3,5s/^# *//p' Makefile; echo
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 15
 
 build: $(READY)  ## set up the environment and compile the native parts
 
@@ -56,6 +57,15 @@ demo: $(READY)  ## fine-tune, serve, switch and merge adapters on a real encoder
 
 bench: $(READY)  ## time the ops against base-only, addmm_ and PEFT (BENCH_ARGS="--json out.json")
 	$(PY) -m lora_kernels bench $(BENCH_ARGS)
+
+static: $(READY)  ## compile every Triton kernel ahead of time, no GPU; writes bench/results/static
+	$(PY) -m lora_kernels.testing.static_gate --write bench/results/static
+
+static-oldest: $(READY)  ## the same under the oldest Triton that is supported; writes nothing
+	$(call say,Compiling the Triton kernels under $(OLDEST_TRITON))
+	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python -m pip install -q "$(TORCH)" "$(OLDEST_TRITON)" numpy safetensors
+	PYTHONPATH=$(CURDIR) .venv-triton/bin/python -m lora_kernels.testing.static_gate
 
 lint: $(READY)  ## check style: ruff, clang-format
 	$(call say,Checking style)

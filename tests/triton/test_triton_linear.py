@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,6 +140,20 @@ def test_an_infinite_row_reaches_no_other(device):
     ours = lk.ops.lora_linear(*case.args())
     others = torch.arange(20) != 4
     assert torch.equal(ours[others], expected[others])
+
+
+@pytest.mark.parametrize("path", ["decode", "one_pass", "two_pass"])
+def test_offsets_beyond_two_to_the_31(path, device):
+    """Rows of x and y that lie 2³¹ elements apart. On a CPU only the pages that are touched take memory."""
+    if device != "cpu":
+        pytest.skip("tests/gpu has this at full size")
+    apart = 2**31
+    case = make_linear(2, 32, 24, 4, torch.float16)
+    far_x, far_y = (torch.from_numpy(np.empty(apart + 32, np.float16)) for _ in range(2))
+    x, y = far_x.as_strided((2, 32), (apart, 1)), far_y.as_strided((2, 24), (apart, 1))
+    x.copy_(case.x)
+    triton_linear.run(y, x, *case.args()[1:], None, PATHS[path])
+    assert torch.equal(y, _run(PATHS[path], *case.args()))
 
 
 def test_choice_is_pure_and_reaches_every_path():

@@ -1,0 +1,153 @@
+"""The full benchmark on a GPU, in parts: `python -m lora_kernels.bench.gpu PART --out FOLDER`. See bench/gpu.sh.
+
+Ours on each GPU backend against the base alone (cuBLAS), in-place addmm_, PEFT and published kernels, eager and in
+CUDA graphs. Weights rotate over copies larger than the L2 cache. A part writes FOLDER/PART.json; ``report`` prints
+all parts that are there, with the limit beside each ratio.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from ..ops import cuda_choice, dispatch, triton_backend
+from . import published
+from .cases import Case
+from .contenders import contenders
+from .cuda_timing import interleaved
+from .measure import facts
+
+_MODEL = ("llama3-8b-qo", "llama3-8b-gate-up", "llama3-8b-down", "llama3-8b-kv")
+PARTS = {
+    "prefill": [Case("forward", shape, m, r) for shape in _MODEL for m in (512, 2048, 8192) for r in (16, 64)],
+    "decode": [Case("forward", shape, m, r) for shape in _MODEL for m in (1, 16, 64) for r in (16, 64)],
+    "train": [Case("train", shape, 8192, 16, dropout=p) for shape in _MODEL[:3] for p in (0.0, 0.1)],
+    "merge": [Case(op, "llama3-8b-qo", rank=r) for op in ("merge", "unmerge", "switch") for r in (16, 64)],
+    "multi": [Case("multi", shape, m) for shape in _MODEL[:2] for m in (64, 512)],
+}
+# The op behind each kind of case: a backend without it is not timed.
+NEEDS = {
+    "forward": "lora_linear",
+    "train": "lora_linear_backward",
+    "merge": "merge_",
+    "unmerge": "merge_",
+    "switch": "switch_",
+    "multi": "multi_lora_linear",
+}
+LEFT_OUT_OF_GRAPHS = ("peft",)  # its Python is what a user pays, and a graph would hide it
+
+
+def _under(backend, run):
+    """``run`` on a backend by name."""
+
+    def named():
+        with dispatch.use_backend(backend):
+            return run()
+
+    return named
+
+
+def runs_of(case, made):
+    """{name: function}: ours once a backend that has the op, the others as they are, published kernels where a
+    package is installed; and {name: why it is not timed}."""
+    runs, absent = {name: run for name, run in made.items() if name != "ours"}, {}
+    for backend in cuda_choice.PREFERENCE:
+        reason = dispatch.unavailable(backend)
+        there = reason is None and (
+            NEEDS[case.op] in triton_backend.kernels()
+            if backend == "triton"
+            else cuda_choice.refusal("cuda", NEEDS[case.op], ()) is None
+        )
+        if there:
+            runs[f"ours {backend}"] = _under(backend, made["ours"])
+        else:
+            absent[f"ours {backend}"] = reason or f"has no kernel for {NEEDS[case.op]}"
+    return runs, absent
+
+
+def measure(case, seconds):
+    """{"eager": {name: seconds}, "graph": {...}, "absent": {name: why}} of a case."""
+    with contenders(case, "cuda") as made:
+        runs, absent = runs_of(case, made)
+        more, missing = published.contenders(case)
+        runs, absent = runs | more, absent | missing
+        found = {"eager": {}, "graph": {}, "absent": absent}
+        for name, run in list(runs.items()):
+            try:
+                run()
+                torch.cuda.synchronize()
+            except Exception as error:  # one contender that can not run must not hide the others
+                absent[name] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+                del runs[name]
+        found["eager"] = interleaved(runs, 8, graphs=False, seconds=seconds)
+        if case.op != "train":
+            kept = {name: run for name, run in runs.items() if name not in LEFT_OUT_OF_GRAPHS}
+            try:
+                found["graph"] = interleaved(kept, 8, seconds=seconds)
+            except RuntimeError as error:
+                absent["CUDA graphs"] = f"{error}".split("\n")[0][:200]
+    return found
+
+
+def run_part(name, folder, seconds):
+    """Measures a part and writes its file, whole or not at all."""
+    results = []
+    for case in PARTS[name]:
+        found = measure(case, seconds)
+        results.append({"case": dataclasses.asdict(case), "name": case.name, "limit": case.limit, **found})
+        print("\n".join(lines(results[-1])), flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{name}.partial"
+    partial.write_text(json.dumps({"facts": facts(), "results": results}, indent=1) + "\n")
+    partial.replace(folder / f"{name}.json")
+
+
+def lines(result):
+    """Ratios to the base, one line a mode."""
+    for mode in ("eager", "graph"):
+        times = result[mode]
+        if "base" in times:
+            ratios = "".join(f"  {n} {t / times['base']:.3f}" for n, t in times.items() if n != "base")
+            limit = f"  limit {result['limit']:.3f}" if result["limit"] else ""
+            yield f"{result['name']:<52}{mode:<6} base {times['base'] * 1e6:9.1f} us{ratios}{limit}"
+
+
+def report(folder):
+    """The table of all parts that were measured."""
+    text = []
+    for name in PARTS:
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            text.append(f"\n{name}: not run")
+            continue
+        found = json.loads(path.read_text())
+        gpu = ", ".join(gpu["name"] for gpu in found["facts"]["gpus"])
+        text.append(f"\n{name}: {gpu}, commit {found['facts']['commit']}, times as a multiple of the base")
+        for result in found["results"]:
+            text += lines(result)
+        absent = {f"{n}: {why}" for result in found["results"] for n, why in result["absent"].items()}
+        text += [f"  not timed: {line}" for line in sorted(absent)]
+    return "\n".join(text)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="lora_kernels.bench.gpu", description=__doc__.partition(":")[0])
+    parser.add_argument("part", choices=(*PARTS, "report"))
+    parser.add_argument("--out", type=Path, required=True, help="folder of the parts' files")
+    parser.add_argument("--seconds", type=float, default=0.3, help="for each case and mode")
+    args = parser.parse_args(argv)
+    if args.part == "report":
+        print(report(args.out))
+        return 0
+    if not torch.cuda.is_available():
+        print("lora_kernels.bench.gpu: torch finds no CUDA device", file=sys.stderr)
+        return 2
+    run_part(args.part, args.out, args.seconds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
