@@ -8,7 +8,10 @@ import pathlib
 
 from . import ops
 from .compat import peft_compat
-from .config import LoraConfig, TaskType
+from .config import LoraConfig, LoraRuntimeConfig, PeftType, TaskType
+from .config import LoraConfig as PeftConfig
+from .errors import NoMatchingPeftModuleError, PeftError, PeftWarning
+from .functional import inject_adapter_in_model
 from .integrations import accelerate, restore
 from .io.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from .layers import LoraLinear
@@ -16,7 +19,17 @@ from .model import PeftModel, get_peft_model
 from .ops.dispatch import use_backend
 from .ops.explain import explain
 from .runtime import AdapterPool
+from .status import get_layer_status, get_model_status
+from .tasks import *  # noqa: F403
+from .tasks import __all__ as _tasks
 from .tuner import LoraModel
+from .utils import (
+    cast_mixed_precision_params,
+    get_base_model_state_dict,
+    load_peft_weights,
+    prepare_model_for_kbit_training,
+    set_base_model_state_dict,
+)
 
 __version__ = (pathlib.Path(__file__).parent / "VERSION").read_text().strip()
 
@@ -25,16 +38,31 @@ __all__ = [
     "LoraConfig",
     "LoraLinear",
     "LoraModel",
+    "LoraRuntimeConfig",
+    "NoMatchingPeftModuleError",
+    "PeftConfig",
+    "PeftError",
     "PeftModel",
+    "PeftType",
+    "PeftWarning",
     "TaskType",
     "__version__",
     "accelerate",
+    "cast_mixed_precision_params",
     "explain",
+    "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "load_peft_weights",
     "ops",
     "peft_compat",
+    "prepare_model_for_kbit_training",
     "restore",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "use_backend",
+    *_tasks,
 ]

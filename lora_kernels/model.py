@@ -11,6 +11,7 @@ from .io.checkpoint import check_tensors, save_adapter
 from .io.source import read_adapter
 from .io.state_dict import expected_shapes, get_peft_model_state_dict, set_peft_model_state_dict
 from .layers.base import LoraLayer, check_adapter_name
+from .status import get_layer_status, get_model_status
 from .targeting import find_targets
 from .tuner import LoraModel
 
@@ -47,11 +48,18 @@ def get_peft_model(
         raise NotImplementedError("mixed: True (other adapter types) is not implemented in lora_kernels")
     if not isinstance(peft_config, LoraConfig):
         raise TypeError(f"peft_config: expected a LoraConfig, got {type(peft_config).__name__}")
-    peft_model = PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    peft_model = _class_for(peft_config)(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
     config = peft_model.peft_config[adapter_name]
     config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
     config.revision = revision or config.revision
     return peft_model
+
+
+def _class_for(config):
+    """The class of the config's task."""
+    from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING  # which are subclasses of PeftModel
+
+    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
 
 
 def _check_plain(model):
@@ -95,7 +103,7 @@ class PeftModel(nn.Module):
 
     def _rows_of(self, adapter_names, num_beams=None):
         """Disabled adapters win over names, as in PEFT."""
-        if all(part.disable_adapters for part in self.base_model._parts()):
+        if not self.has_active_enabled_adapter:
             return contextlib.nullcontext()
         return self.base_model.row_adapters(adapter_names, num_beams)
 
@@ -125,6 +133,15 @@ class PeftModel(nn.Module):
         return self.peft_config[self.base_model.active_adapters[0]]
 
     @property
+    def has_active_enabled_adapter(self):
+        """Whether some adapter takes part in the forward pass."""
+        return bool(self.active_adapters) and not all(part.disable_adapters for part in self.base_model._parts())
+
+    @property
+    def base_model_torch_dtype(self):
+        return getattr(self.base_model, "dtype", None)
+
+    @property
     def modules_to_save(self):
         """Names of the modules that some adapter saves in full, or None."""
         names = {n for config in self.peft_config.values() for n in config.modules_to_save or ()}
@@ -143,6 +160,14 @@ class PeftModel(nn.Module):
         """One line: how many parameters train."""
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    def get_layer_status(self):
+        """A :class:`TunerLayerStatus` of each layer with adapters."""
+        return get_layer_status(self)
+
+    def get_model_status(self):
+        """The :class:`TunerModelStatus` of the model."""
+        return get_model_status(self)
 
     # The life of adapters
 
@@ -260,7 +285,8 @@ class PeftModel(nn.Module):
             check_tensors(tensors, expected_shapes(find_targets(model, config)))
         trained = [(p, p.requires_grad) for p in model.parameters()]
         modes = [(module, module.training) for module in model.modules()]
-        peft_model = cls(model, config, adapter_name, autocast_adapter_dtype, not ignore_mismatched_sizes)
+        kind = _class_for(config) if cls is PeftModel else cls
+        peft_model = kind(model, config, adapter_name, autocast_adapter_dtype, not ignore_mismatched_sizes)
         try:
             peft_model._finish_load(adapter_name, tensors, is_trainable, strict, ignore_mismatched_sizes)
         except BaseException:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .errors import NoMatchingPeftModuleError
 from .layers import LoraLayer, LoraLinear, LoraTransposed, ModulesToSaveWrapper, layer_class
 
 # The default targets of transformers' model types, where ``target_modules`` is None.
@@ -78,7 +79,7 @@ def find_targets(model, config):
         if verdict:
             plan.lora.append(_target(model, config, name, module))
     if not plan.lora:
-        raise ValueError(_nothing_found(config, names, excluded))
+        raise NoMatchingPeftModuleError(_nothing_found(config, names, excluded))
     _correct_fan_in(config, plan.lora)
     plan.saved = _saved_modules(model, config)
     _warn_unused(config, names, plan, excluded)
@@ -253,7 +254,7 @@ def _nothing_found(config, names, excluded):
     wanted = config.target_modules
     adaptable = [n for n, m in names.items() if isinstance(m, LoraLayer) or layer_class(m)]
     listed = [wanted] if isinstance(wanted, str) else sorted(wanted)
-    message = f"target_modules: no module of the model matches {listed}"
+    message = f"Target modules {wanted} not found in the base model: target_modules: no module matches {listed}"
     if excluded:
         message += f" ({excluded} left out by exclude_modules or modules_to_save)"
     for name in ("layers_to_transform", "layers_pattern"):

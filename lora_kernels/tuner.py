@@ -32,6 +32,16 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
         self._rows = Rows()
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, meta=meta)
 
+    @classmethod
+    def around(cls, model, peft_config):
+        """The tuner of a model that has adapters in it already; ``peft_config`` is its dict of configs."""
+        tuner = cls.__new__(cls)
+        nn.Module.__init__(tuner)
+        tuner.model, tuner.peft_config, tuner._fused = model, peft_config, []
+        parts = tuner._parts()
+        tuner._active, tuner._rows = parts[0].active_adapters, parts[0]._rows
+        return tuner
+
     def forward(self, *args, **kwargs):
         return self.model(*args, **kwargs)
 
@@ -75,7 +85,8 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
         """Adds an adapter; it is not made active, unless it is the first one."""
         check_adapter_name(adapter_name)
         if adapter_name in self.peft_config:
-            raise ValueError(f"adapter_name: '{adapter_name}' is taken; adapters: {list(self.peft_config)}")
+            taken = f"the name is taken; adapters: {list(self.peft_config)}"
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists: {taken}")
         if config.bias != "none" and self.peft_config:
             raise ValueError(
                 f"bias: expected 'none' for a further adapter (base biases are shared), got {config.bias!r}"
@@ -164,7 +175,7 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
 
     def delete_adapter(self, adapter_name):
         """Removes an adapter. ValueError when it is unknown or merged."""
-        self._known([adapter_name])
+        self._known([adapter_name], "does not exist")
         if any(adapter_name in layer.merged_adapters for layer in self.layers()):
             raise ValueError(f"adapter_name: '{adapter_name}' is merged; unmerge it before deleting it")
         for part in self._parts():
@@ -178,10 +189,11 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
         if adapter_name in self._active:
             self._activate(active)
 
-    def _known(self, names):
+    def _known(self, names, problem="not found"):
         unknown = [n for n in names if n not in self.peft_config]
         if unknown:
-            raise ValueError(f"adapter_name: no adapter {unknown}; adapters: {list(self.peft_config)}")
+            known = f"no adapter {unknown}; adapters: {list(self.peft_config)}"
+            raise ValueError(f"Adapter {unknown[0]} {problem}: {known}")
 
     # Choosing
 

@@ -66,6 +66,9 @@ class LoraLayer(MergedWeight, nn.Module):
 
     # What is there
 
+    def _get_name(self):
+        return "lora." + type(self).__name__.removeprefix("Lora")  # as PEFT prints it
+
     def get_base_layer(self):
         """The layer below all adapters."""
         base = self.base_layer
@@ -220,9 +223,15 @@ class LoraLayer(MergedWeight, nn.Module):
         if self._merged:
             warnings.warn("set_adapter: the layer is merged; it is unmerged first", stacklevel=2)
             self.unmerge()
-        for name in self.r:
-            self.set_requires_grad(name, name in names and not inference_mode)
-        self._active_adapter = names
+        trained = () if inference_mode else names
+        for kind in self.adapter_layer_names:
+            entries = self._modules[kind]
+            owned = [(name, module._parameters.values()) for name, module in entries._modules.items()]
+            for name, factors in (*owned, *((name, (factor,)) for name, factor in entries._parameters.items())):
+                for factor in factors:
+                    if factor is not None and factor.requires_grad is not (name in trained):
+                        factor.requires_grad_(name in trained)
+        self.__dict__["_active_adapter"] = names
         self._reroute()
 
     def set_requires_grad(self, adapter_names, requires_grad=True):
@@ -242,7 +251,7 @@ class LoraLayer(MergedWeight, nn.Module):
 
     def enable_adapters(self, enabled):
         """Turns the adapters off (the layer then gives what the base layer alone does) or on again."""
-        self._disable_adapters = not enabled
+        self.__dict__["_disable_adapters"] = not enabled
         self._reroute()
 
     def set_scale(self, adapter, scale):
@@ -352,13 +361,21 @@ class LoraLayer(MergedWeight, nn.Module):
 
     def _reroute(self):
         """Decides once what ``forward`` does, after any change of what is active, merged or disabled."""
-        active = [] if self._disable_adapters else [n for n in self._active_adapter if n in self.r]
-        added = [(name, 1.0) for name in active if name not in self._merged]
-        removed = [(name, -1.0) for name in reversed(self._merged)] if self._disable_adapters else []
-        self._terms = (*added, *removed)
-        one = len(added) == 1 and not self._merged
-        one = one and not (self.use_dora[added[0][0]] or self.lora_bias[added[0][0]])
-        self._single = (added[0][0], scaling_buffer(added[0][0])) if one else None
+        state = self.__dict__  # nn.Module's own way to set an attribute costs more than all the rest
+        merged = state["_merged"]
+        active = [] if state["_disable_adapters"] else [n for n in state["_active_adapter"] if n in state["r"]]
+        added = [(name, 1.0) for name in active if name not in merged]
+        removed = [(name, -1.0) for name in reversed(merged)] if merged and state["_disable_adapters"] else []
+        state["_terms"] = (*added, *removed)
+        one = len(added) == 1 and not merged
+        one = one and not (state["use_dora"][added[0][0]] or state["lora_bias"][added[0][0]])
+        state["_single"] = (added[0][0], scaling_buffer(added[0][0])) if one else None
+
+    def __setattr__(self, name, value):
+        if name == "scaling" and not isinstance(value, Scaling):
+            self.scaling.update(value)  # a plain dict of numbers; the tensors of the ops must follow
+        else:
+            super().__setattr__(name, value)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

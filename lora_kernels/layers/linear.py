@@ -150,26 +150,26 @@ class LoraLinear(LoraLayer):
         return _lora_linear(x, weight, parameters["bias"], a, b, self._buffers[scale], dropout_p=p)
 
     def _forward_rows(self, batch, x, *args, **kwargs):
-        base = self.base_layer
-        present = tuple(name for name in batch.order if name in self.r)
+        modules = self._modules
+        base = modules["base_layer"]
+        present = batch.present(self.r)
         if not present:
             return base(x, *args, **kwargs)
         weight = base._parameters.get("weight")
         plain = base.__class__ is _Linear and weight.__class__ is _Parameter and not args and not kwargs
         if not plain or not _unhooked(base):
             return by_group(self, batch, x, *args, **kwargs)
-        lora_a = [self.lora_A[name].weight for name in present]
-        lora_b = [self.lora_B[name].weight for name in present]
-        dtype = lora_a[0].dtype
-        same = all(factor.dtype is dtype for factor in (*lora_a, *lora_b))
-        if (
-            not same
-            or dtype not in (weight.dtype, torch.float32)
-            or any(self.lora_bias[name] or self.use_dora[name] for name in present)
-        ):
+        all_a, all_b = modules["lora_A"]._modules, modules["lora_B"]._modules
+        lora_a = [all_a[name]._parameters.get("weight") for name in present]
+        lora_b = [all_b[name]._parameters.get("weight") for name in present]
+        dtypes = {getattr(factor, "dtype", None) for factor in (*lora_a, *lora_b)}
+        special = any(self.lora_bias[name] or self.use_dora[name] for name in present)
+        if len(dtypes) > 1 or special or not dtypes <= {weight.dtype, torch.float32}:
             return by_group(self, batch, x)
-        scalings = batch.scalings(tuple(self.scaling[name] for name in present), weight.device)
-        return ops.multi_lora_linear(x, weight, base.bias, lora_a, lora_b, scalings, batch.plan(x, present))
+        scalings = batch.scalings(tuple([self.scaling[name] for name in present]), weight.device)
+        return ops.multi_lora_linear(
+            x, weight, base._parameters["bias"], lora_a, lora_b, scalings, batch.plan(x, present)
+        )
 
     def _forward_terms(self, x, *args, **kwargs):
         """Any base layer, any number of adapters: the base product by its own module, then the updates."""

@@ -57,6 +57,10 @@ class Batch:
             )
         return found
 
+    def present(self, known):
+        """The adapters of the batch that a layer, whose adapters are ``known``, has."""
+        return tuple([name for name in self.order if name in known])
+
     def plan(self, x, present):
         """The :class:`BatchPlan` of the rows of ``x`` (samples, …, features) over the adapters ``present``."""
         rows = x.shape[1:-1].numel()

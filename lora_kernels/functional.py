@@ -1,0 +1,87 @@
+"""What libraries call on a model that has adapters in it but no ``PeftModel`` around it."""
+
+import torch
+from torch import nn
+
+from .io.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+from .layers import LoraLayer, ModulesToSaveWrapper
+from .tuner import LoraModel
+
+__all__ = [
+    "cast_adapter_dtype",
+    "delete_adapter",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "set_adapter",
+    "set_peft_model_state_dict",
+    "set_requires_grad",
+]
+
+
+def inject_adapter_in_model(peft_config, model, adapter_name="default", low_cpu_mem_usage=False, state_dict=None):
+    """Wraps layers of ``model``, in place, and returns ``model`` itself; the new adapter is active.
+
+    Args:
+        peft_config: a :class:`LoraConfig`.
+        model: any module; it may have adapters already, from an earlier call.
+        adapter_name: of the new adapter.
+        low_cpu_mem_usage: its factors on the meta device.
+        state_dict: the targets are those whose tensors are here, whatever ``target_modules`` says.
+
+    Raises:
+        ValueError, TypeError: a config that does not fit; the model is unchanged.
+    """
+    if state_dict is not None:
+        peft_config = type(peft_config).from_dict(peft_config.to_dict())
+        keys = [key.removeprefix("base_model.model.") for key in state_dict if ".lora_" in key]
+        peft_config.target_modules = {key.partition(".lora_")[0].removesuffix(".base_layer") for key in keys}
+    before = model.__dict__.get("peft_config")
+    if before is None:
+        tuner = LoraModel(model, peft_config, adapter_name, autocast_adapter_dtype=False, meta=low_cpu_mem_usage)
+        model.peft_config = tuner.peft_config
+        return model
+    tuner = LoraModel.around(model, before)
+    tuner.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=False, meta=low_cpu_mem_usage)
+    tuner.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+    return model
+
+
+def _parts(model):
+    return [m for m in model.modules() if isinstance(m, (LoraLayer, ModulesToSaveWrapper))]
+
+
+def set_adapter(model, adapter_name, inference_mode=False, layer_cls=LoraLayer):
+    """Makes an adapter (or a list of them) active in every layer of ``model``."""
+    for part in _parts(model):
+        part.set_adapter(adapter_name, inference_mode)
+
+
+def delete_adapter(model, adapter_name, prefix="lora_", layer_cls=LoraLayer):
+    """Removes an adapter from every layer that has it; returns the names that are still active, or None."""
+    remaining = None
+    for part in _parts(model):
+        if isinstance(part, ModulesToSaveWrapper) or adapter_name in part.r:
+            part.delete_adapter(adapter_name)
+        remaining = remaining or part.active_adapters
+    return remaining
+
+
+def set_requires_grad(model, adapter_names, requires_grad=True):
+    """Freezes or unfreezes adapters in every layer."""
+    for part in _parts(model):
+        part.set_requires_grad(adapter_names, requires_grad)
+
+
+def cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype=True):
+    """Turns half-precision factors of an adapter into float32 ones, in place; nothing when False is given."""
+    if not autocast_adapter_dtype:
+        return
+    for part in _parts(model):
+        if isinstance(part, LoraLayer):
+            for kind in part.adapter_layer_names:
+                entry = getattr(part, kind)
+                if adapter_name in entry:
+                    owned = entry[adapter_name]
+                    for parameter in owned.parameters() if isinstance(owned, nn.Module) else [owned]:
+                        if parameter.dtype in (torch.float16, torch.bfloat16):
+                            parameter.data = parameter.data.float()

@@ -1,0 +1,8 @@
+"""Names that users of PEFT import from ``peft.tuners.lora``."""
+
+from ...config import LoraConfig, LoraRuntimeConfig
+from ...tuner import LoraModel
+from .layer import *  # noqa: F403
+from .layer import __all__ as _layers
+
+__all__ = ["LoraConfig", "LoraModel", "LoraRuntimeConfig", *_layers]

@@ -1,0 +1,81 @@
+"""Casts and base state dicts that users of ``peft.utils`` call."""
+
+import collections
+
+import torch
+
+from ..layers import LoraLayer, ModulesToSaveWrapper
+
+__all__ = [
+    "cast_mixed_precision_params",
+    "get_base_model_state_dict",
+    "infer_device",
+    "prepare_model_for_kbit_training",
+    "set_base_model_state_dict",
+]
+
+
+def infer_device():
+    """The kind of accelerator of this machine, or "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def cast_mixed_precision_params(model, dtype):
+    """Frozen parameters in ``dtype`` (float16 or bfloat16), trained ones in float32; in place."""
+    for parameter in model.parameters():
+        parameter.data = parameter.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+def prepare_model_for_kbit_training(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
+    """Freezes a quantised model, keeps what is not quantised in float32 and turns on gradient checkpointing."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
+            parameter.data = parameter.data.float()
+    if use_gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        options = {"gradient_checkpointing_kwargs": gradient_checkpointing_kwargs}
+        model.gradient_checkpointing_enable(**(options if gradient_checkpointing_kwargs else {}))
+    return model
+
+
+def _base_keys(model):
+    """Key of the model before it had adapters -> key now."""
+    keys = {}
+    for path, module in model.named_modules():
+        inside = path.split(".")
+        if any(part.startswith("lora_") or part == "modules_to_save" for part in inside):
+            continue
+        owned = [n for n, p in module.named_parameters(recurse=False)]
+        owned += [n for n in module._buffers if n not in module._non_persistent_buffers_set]
+        plain = ".".join(part for part in inside if part not in ("base_layer", "original_module"))
+        if not isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+            keys.update({f"{plain}.{n}".lstrip("."): f"{path}.{n}".lstrip(".") for n in owned})
+    return keys
+
+
+def get_base_model_state_dict(model):
+    """The state dict of the base model, with the keys it had before it was wrapped."""
+    base = model.get_base_model()
+    state = base.state_dict()
+    return {plain: state[key] for plain, key in _base_keys(base).items() if key in state}
+
+
+def set_base_model_state_dict(model, state_dict, strict=True):
+    """Loads what :func:`get_base_model_state_dict` gives.
+
+    Returns:
+        ``(missing_keys, unexpected_keys)``.
+
+    Raises:
+        RuntimeError: with ``strict``, keys that are missing or unknown.
+    """
+    base = model.get_base_model()
+    keys = {plain: key for plain, key in _base_keys(base).items() if key in base.state_dict()}
+    missing = [key for key in keys if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in keys]
+    if strict and (missing or unexpected):
+        raise RuntimeError(f"Error(s) in loading state_dict: missing {missing}, unexpected {unexpected}")
+    base.load_state_dict({keys[key]: value for key, value in state_dict.items() if key in keys}, strict=False)
+    return collections.namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])(missing, unexpected)

@@ -1,0 +1,20 @@
+"""Names of ``peft.utils.save_and_load``."""
+
+import os
+
+from ..io.checkpoint import load_tensors
+from ..io.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+from .other import get_base_model_state_dict, infer_device, set_base_model_state_dict
+
+__all__ = [
+    "get_base_model_state_dict",
+    "get_peft_model_state_dict",
+    "load_peft_weights",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+]
+
+
+def load_peft_weights(model_id, device=None, subfolder=None):
+    """The tensors of the adapter saved in the directory ``model_id``. CheckpointError when there is none."""
+    return load_tensors(os.path.join(model_id, subfolder or ""), device or infer_device())
