@@ -67,7 +67,9 @@ class LoraLayer(MergedWeight, nn.Module):
     # What is there
 
     def _get_name(self):
-        return "lora." + type(self).__name__.removeprefix("Lora")  # as PEFT prints it
+        name = type(self).__name__.removeprefix("Lora")  # as PEFT prints it
+        names = {"Conv": type(self._modules["base_layer"]).__name__, "Transposed": "Linear"}
+        return "lora." + names.get(name, name)
 
     def get_base_layer(self):
         """The layer below all adapters."""
