@@ -16,7 +16,7 @@ from ..layers.linear import _unhooked
 from .measure import measure
 from .peft_layers import CLASSES, Linear, PeftLinear
 from .peft_merge import LoraModel
-from .peft_terms import DTYPES, served_variant
+from .peft_terms import DTYPES, dora_magnitude, served_variant
 from .report import Group, Report
 
 __all__ = ["Linear", "accelerate", "restore"]
@@ -109,11 +109,11 @@ _BASES = {
 def _why_not(layer, name):
     """Why an adapter of a layer is not served; None when it is."""
     variant = layer.lora_variant.get(name)
-    if variant is not None and not (
-        isinstance(layer, PeftLinear) and served_variant(layer, name, variant, training=False)
-    ):
+    linear = isinstance(layer, PeftLinear)
+    served = linear and variant is not None and served_variant(layer, name, variant, training=False)
+    if variant is not None and not served and not (linear and dora_magnitude(layer, name) is not None):
         return f"variant {type(variant).__name__}"
-    if not isinstance(layer, PeftLinear):
+    if not linear:
         return None
     if layer.lora_B[name].bias is not None:
         return "a bias on lora_B"

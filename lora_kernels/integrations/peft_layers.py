@@ -11,10 +11,11 @@ from torch import nn
 
 from .. import ops
 from ..layers.linear import _unhooked
+from ..ops.dora.api import row_norm
 from ..ops.linear.api import autocast_dtype
 from ..ops.multi.api import run
 from .peft_merge import Merging, Rows
-from .peft_terms import PLAIN_TENSORS, plain_weight, plan, scales, term, usable
+from .peft_terms import PLAIN_TENSORS, dora_magnitude, plain_weight, plan, scales, term, usable
 
 PeftLinear, PeftEmbedding = peft_layers.Linear, peft_layers.Embedding
 
@@ -42,10 +43,24 @@ class Linear(Merging, Rows, PeftLinear):
             return self._forward_over(base, x, names)
         terms = [term(self, name, weight.dtype, x) for name in names]
         if None in terms:
-            return PeftLinear.forward(self, x)
+            y = self._forward_dora(x, base, weight, names[0]) if len(names) == 1 else None
+            return PeftLinear.forward(self, x) if y is None else y
         a, b, scaling, p = terms[0]
         y = ops.lora_linear(x, weight, base._parameters["bias"], a, b, scaling, dropout_p=p)
         return _add(y, x, terms[1:])
+
+    def _forward_dora(self, x, base, weight, name):
+        """``magnitude / ‖W + s B A‖ · (x Wᵀ + s x Aᵀ Bᵀ) + bias``; None where PEFT has to do it."""
+        if name not in self.lora_variant or autocast_dtype(x.device.type) is not None:
+            return None
+        magnitude, found = dora_magnitude(self, name), term(self, name, weight.dtype, x, dora=True)
+        if magnitude is None or found is None or found[3] or torch.compiler.is_compiling():
+            return None
+        a, b, scaling, _ = found
+        factor = magnitude / row_norm(weight.detach(), a.detach(), b.detach(), self.scaling[name])
+        y = ops.lora_linear(x, weight, None, a, b, scaling) * factor
+        bias = base._parameters["bias"]
+        return (y if bias is None else y + bias).to(x.dtype)
 
     def _forward_over(self, base, x, names):
         """Over a base layer that is not a plain ``nn.Linear``: its own forward, then the update in place."""

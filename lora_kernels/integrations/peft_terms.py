@@ -7,6 +7,7 @@ None means that the layer is in a state that only PEFT's own code knows.
 import functools
 
 import torch
+from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora import variants
 from torch import nn
 
@@ -29,6 +30,7 @@ def _variants(*names):
 _PLAIN_VARIANTS = _variants("MiCALinearVariant")
 _PLAIN_IN_EVAL = _variants("VeloraLinearVariant", "MontecloraLinearVariant")
 _KASA = _variants("KasaLinearVariant")
+_DORA = _variants("DoraLinearVariant")
 
 
 def plain_weight(base, x):
@@ -48,14 +50,17 @@ def usable(x, dtype):
     return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
 
 
-def term(layer, name, dtype, x):
-    """``(lora_a, lora_b, scaling, dropout_p)`` of an adapter over a base of ``dtype``; None: not plain LoRA."""
+def term(layer, name, dtype, x, dora=False):
+    """``(lora_a, lora_b, scaling, dropout_p)`` of an adapter over a base of ``dtype``; None: not plain LoRA.
+
+    ``dora``: those of a DoRA adapter, whose magnitude the caller applies.
+    """
     modules = layer._modules
     a = modules["lora_A"]._modules[name]
     b = modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
     variant = layer.lora_variant.get(name) if layer.lora_variant else None
-    if variant is not None and not served_variant(layer, name, variant, layer.training):
+    if variant is not None and not (dora or served_variant(layer, name, variant, layer.training)):
         return None
     if a.__class__ is not _Linear or b.__class__ is not _Linear:
         return None
@@ -88,6 +93,14 @@ def served_variant(layer, name, variant, training):
     if isinstance(variant, _KASA):  # B diag A; a truncation of the base may still be due
         return name not in layer._lora_kasa_truncation_deferred
     return isinstance(variant, _PLAIN_VARIANTS)
+
+
+def dora_magnitude(layer, name):
+    """The magnitude of a DoRA adapter; None where the adapter is another, or PEFT's cache of norms is in use."""
+    if not isinstance(layer.lora_variant.get(name), _DORA) or peft_dora.ENABLE_DORA_CACHING or layer.fan_in_fan_out:
+        return None
+    module = layer.lora_magnitude_vector[name]
+    return module.weight if type(module) is peft_dora.DoraLinearLayer and _unhooked(module) else None
 
 
 def scale(value, device):

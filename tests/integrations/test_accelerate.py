@@ -381,8 +381,10 @@ def test_hooks_fire_and_are_seen_inside():
     assert seen[:half] == seen[half:]
 
 
-@pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_bias": True}])
+@pytest.mark.parametrize("config", [{"use_bdlora": "up"}, {"lora_bias": True}])
 def test_variants_are_left(config):
+    if "use_bdlora" in config:
+        config = {"use_bdlora": peft.tuners.lora.config.BdLoraConfig(target_modules_bd_a=["up"], nblocks=2), "r": 4}
     model = made(targets=("up", "up2"), **config)
     expected = model(batch())
     report = lk.accelerate(model)
@@ -409,10 +411,10 @@ def test_unusual_parts_run_peft(monkeypatch):
 
 def test_mixed_adapters_on_one_layer_are_remarked():
     model = made("a")
-    model.add_adapter("dora", peft.LoraConfig(r=2, target_modules=["up"], use_dora=True))
+    model.add_adapter("biased", peft.LoraConfig(r=2, target_modules=["up"], lora_bias=True))
     report = lk.accelerate(model)
     assert len(report.replaced) == 3
-    assert "PEFT's own forward for dora: variant DoraLinearVariant" in str(report)
+    assert "PEFT's own forward for biased: a bias on lora_B" in str(report)
 
 
 def test_other_tuners_and_mixed_models_are_left():

@@ -269,7 +269,7 @@ VARIANTS = {
     "monteclora": ({"monteclora_config": ("MontecloraConfig", {})}, True),
     "velora": ({"velora_config": ("VeloraConfig", {"num_groups": 2})}, True),
     "bdlora": ({"use_bdlora": ("BdLoraConfig", {"target_modules_bd_a": ["part"], "nblocks": 2})}, False),
-    "dora": ({"use_dora": True}, False),
+    "dora": ({"use_dora": True}, True),
     "lora_bias": ({"lora_bias": True}, False),
     "pissa": ({"init_lora_weights": "pissa"}, True),
     "olora": ({"init_lora_weights": "olora"}, True),

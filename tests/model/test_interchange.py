@@ -58,6 +58,16 @@ def images():
     return torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
+def transposed():
+    """transformers' Conv1D, which stores its weight (in_features, out_features)."""
+    layer = pytest.importorskip("transformers").pytorch_utils.Conv1D(5, 16)
+    return nn.Sequential(nn.Linear(16, 16), nn.Tanh(), layer)
+
+
+def vectors():
+    return torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+
+
 # feature -> (model, its input, fields of the config)
 FEATURES = {
     "linear": (Tiny, token_ids, {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 6}),
@@ -86,6 +96,15 @@ FEATURES = {
     "all_linear": (Tiny, token_ids, {"target_modules": "all-linear", "r": 2}),
     "embeddings_saved": (Llama, token_ids, {"target_modules": ["embed_tokens", "q_proj"], "r": 2}),
     "head_targeted": (Llama, token_ids, {"target_modules": ["lm_head"], "r": 2}),
+    "convolutions": (Mixed, images, {"target_modules": ["conv", "point", "place", "head"], "r": 2}),
+    "conv1d_of_transformers": (transposed, vectors, {"target_modules": ["0", "2"], "r": 3, "fan_in_fan_out": True}),
+    "dora": (Tiny, token_ids, {"target_modules": ["q_proj", "v_proj"], "r": 4, "use_dora": True}),
+    "dora_convolutions": (Mixed, images, {"target_modules": ["conv", "point", "head"], "r": 2, "use_dora": True}),
+    "dora_embedding": (Tiny, token_ids, {"target_modules": ["embed"], "r": 3, "use_dora": True}),
+    "lora_bias": (Tiny, token_ids, {"target_modules": ["q_proj"], "r": 3, "lora_bias": True}),
+    "orthogonal": (Tiny, token_ids, {"target_modules": ["q_proj"], "r": 4, "init_lora_weights": "orthogonal"}),
+    "pissa": (Tiny, token_ids, {"target_modules": ["q_proj"], "r": 3, "init_lora_weights": "pissa"}),
+    "olora": (Tiny, token_ids, {"target_modules": ["q_proj"], "r": 3, "init_lora_weights": "olora"}),
     "task": (Tiny, token_ids, {"target_modules": ["q_proj"], "modules_to_save": ["head"], "revision": "x"}),
 }
 
