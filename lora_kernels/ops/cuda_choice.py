@@ -5,6 +5,8 @@ to ``torch.compile``. The C++ library registers its kernels as ``lora_kernels_cu
 namespace of its own. What no GPU has run is never picked unless it is asked for by name.
 """
 
+import torch
+
 from .. import _native
 from . import library, triton_backend
 
@@ -48,9 +50,14 @@ def refusal(backend, name, args):
 
 def run(backend, name, args):
     """Runs the op on one of the backends."""
-    if backend == "triton":
-        return triton_backend.kernels()[name](*args)
-    return library.cuda_op(name)(*args)
+    if backend == "cuda":
+        return library.cuda_op(name)(*args)
+    launcher = triton_backend.kernels()[name]
+    # Triton launches on the current device, whichever GPU the tensors are on.
+    if args[0].device.index == torch.cuda.current_device():
+        return launcher(*args)
+    with torch.cuda.device(args[0].device):
+        return launcher(*args)
 
 
 def register(reference, forced):

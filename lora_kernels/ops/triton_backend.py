@@ -81,10 +81,13 @@ def _refused():
 
 
 def refusal(name, args):
-    """Why the Triton backend can not run this call; None when it can."""
-    reason = problem()
+    """Why the Triton backend can not run this call, or, without arguments, the op at all; None when it can."""
+    if args and args[0].is_cuda:
+        reason = _package_problem() or device_problem(args[0].device.index)
+    else:
+        reason = problem()
     if reason is None and name not in kernels():
         reason = "has no kernel for this op"
-    if reason is None and name in _refused():
+    if reason is None and args and name in _refused():
         reason = _refused()[name](*args)
     return reason

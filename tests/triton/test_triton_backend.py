@@ -86,6 +86,31 @@ def test_the_function_on_the_cuda_key(forced, monkeypatch):
         assert "not yet run on hardware" in lk.explain()
 
 
+def test_a_launch_is_made_on_the_device_of_the_tensors(monkeypatch):
+    entered = []
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device.index)
+
+        def __exit__(self, *error):
+            entered.append("left")
+
+    class Tensor:
+        device = torch.device("cuda", 1)
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(triton_backend, "kernels", lambda: {"lora_linear": lambda x: list(entered)})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert cuda_choice.run("triton", "lora_linear", (Tensor(),)) == []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert cuda_choice.run("triton", "lora_linear", (Tensor(),)) == [1]
+    assert entered == [1, "left"]
+
+
 def test_every_op_has_the_function_on_the_cuda_key():
     for name in library.SCHEMAS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_kernels::{name}", "CUDA"), name
