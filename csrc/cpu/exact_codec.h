@@ -152,16 +152,14 @@ void find_intervals(Queue& q) {
   }
 }
 
-// Appends the lanes of `some`. Without a branch where compressing is one instruction.
+// Appends the lanes of `some` at `size`; returns the size then.
 template <bool kEncode>
-LK_INLINE void push(Queue& q, uint32_t some, int64_t from, iv key, fv acc) {
-#if !defined(__AVX512F__)
-  if (some == 0) return;
-#endif
-  if (!kEncode) compress(q.at + q.size, iota() + static_cast<int32_t>(from), some);
-  compress(q.key + q.size, key, some);
-  compress(q.acc + q.size, (iv)acc, some);
-  q.size += __builtin_popcount(some);
+LK_INLINE int64_t push(Queue& q, int64_t size, uint32_t some, int64_t from, iv key, fv acc) {
+  const Compress compress(some);
+  if (!kEncode) compress(q.at + size, iota() + static_cast<int32_t>(from));
+  compress(q.key + size, key);
+  compress(q.acc + size, (iv)acc);
+  return size + __builtin_popcount(some);
 }
 
 // step(w, acc, merged, position, valid lanes) over a block, 16 weights at a time; the last ones
@@ -187,7 +185,11 @@ LK_INLINE int bit_width(uint32_t x) { return 63 - __builtin_clzll(2 * uint64_t{x
 
 LK_INLINE uint64_t read_le64(const uint8_t* p) {
   uint64_t x = 0;
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  std::memcpy(&x, p, 8);
+#else
   for (int b = 0; b < 8; ++b) x |= static_cast<uint64_t>(p[b]) << (8 * b);
+#endif
   return x;
 }
 
@@ -215,7 +217,7 @@ bool encode(const T* w, const float* acc, int64_t n, int64_t block, T* m, uint8_
             ExactPiece* piece, Queue& q) {
   Hash h = hash_start(block);
   iv bad = {};
-  q.size = 0;
+  int64_t size = 0;
   for_each_16(w, acc, m, n, [&](const T* w16, const float* acc16, T* m16, int64_t i, uint32_t on) {
 #pragma GCC unroll 4
     for (int s = 0; s < kSub; ++s) {
@@ -227,9 +229,10 @@ bool encode(const T* w, const float* acc, int64_t n, int64_t block, T* m, uint8_
       Num<T>::store(m16 + at, mb);
       h.lane[s] = mix(h.lane[s] ^ mb);
       const uint32_t some = ~lanes(surely_unique<T>(wv, Num<T>::widen(mb), a, u)) & (on >> at);
-      push<true>(q, some & kAllLanes, i + at, Num<T>::key(wb), a);
+      size = push<true>(q, size, some & kAllLanes, i + at, Num<T>::key(wb), a);
     }
   });
+  q.size = size;
   if (lanes(bad) != 0) return false;
   if (piece == nullptr) return true;
   find_intervals<T, true>(q);
@@ -288,7 +291,7 @@ template <class T>
 bool decode(const T* m, const float* acc, int64_t n, int64_t block, const ExactPiece& piece, T* w,
             Queue& q) {
   Hash h = hash_start(block);
-  q.size = 0;
+  int64_t size = 0;
   for_each_16(m, acc, w, n, [&](const T* m16, const float* acc16, T* w16, int64_t i, uint32_t on) {
 #pragma GCC unroll 4
     for (int s = 0; s < kSub; ++s) {
@@ -300,9 +303,10 @@ bool decode(const T* m, const float* acc, int64_t n, int64_t block, const ExactP
       Num<T>::store(w16 + at, wb);
       h.lane[s] = mix(h.lane[s] ^ mb);
       const uint32_t some = ~lanes(surely_unique<T>(wv, mv, a, wv + a)) & (on >> at);
-      push<false>(q, some & kAllLanes, i + at, Num<T>::key(mb), a);
+      size = push<false>(q, size, some & kAllLanes, i + at, Num<T>::key(mb), a);
     }
   });
+  q.size = size;
   if (hash_end(h, n, piece.data, piece.size) != piece.sum) return false;
   if (piece.size == static_cast<size_t>(n) * sizeof(T)) {
     std::memcpy(static_cast<void*>(w), piece.data, piece.size);

@@ -72,20 +72,55 @@ LK_INLINE uint32_t lanes(iv mask) {
 }
 constexpr uint32_t kAllLanes = (1u << kN) - 1u;
 
-// The lanes of v where bits are set, side by side from p on; may write a whole vector.
-LK_INLINE void compress(int32_t* p, iv v, uint32_t bits) {
-#if defined(__AVX512F__)
-  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), (__m512i)v));
-#else
-  for (; bits != 0; bits &= bits - 1) *p++ = v[__builtin_ctz(bits)];
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For each set of lanes their numbers, one a byte, side by side.
+struct LaneLists {
+  uint64_t of[256];
+  constexpr LaneLists() : of() {
+    for (int bits = 0; bits < 256; ++bits) {
+      int n = 0;
+      for (int lane = 0; lane < 8; ++lane) {
+        if (bits >> lane & 1) of[bits] |= static_cast<uint64_t>(lane) << (8 * n++);
+      }
+    }
+  }
+};
+constexpr LaneLists kLaneLists;
 #endif
-}
+
+// Puts the lanes where bits are set side by side; may write a whole vector. No branches: which
+// lanes they are can not be predicted.
+struct Compress {
+#if defined(__AVX512F__)
+  __mmask16 bits;
+  LK_INLINE explicit Compress(uint32_t b) : bits(static_cast<__mmask16>(b)) {}
+  LK_INLINE void operator()(int32_t* p, iv v) const {
+    _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(bits, (__m512i)v));
+  }
+#elif defined(__AVX2__)
+  __m256i order;
+  LK_INLINE explicit Compress(uint32_t b)
+      : order(_mm256_cvtepu8_epi32(
+            _mm_cvtsi64_si128(static_cast<long long>(kLaneLists.of[b & 255u])))) {}
+  LK_INLINE void operator()(int32_t* p, iv v) const {
+    write(p, (iv)_mm256_permutevar8x32_epi32((__m256i)v, order));
+  }
+#else
+  uint32_t bits;
+  LK_INLINE explicit Compress(uint32_t b) : bits(b) {}
+  LK_INLINE void operator()(int32_t* p, iv v) const {
+    for (uint32_t left = bits; left != 0; left &= left - 1) *p++ = v[__builtin_ctz(left)];
+  }
+#endif
+};
 
 // kN 16-bit values, as integers.
 LK_INLINE uv load_u16(const void* p) {
   const hv h = read<hv>(static_cast<const uint16_t*>(p));
 #if defined(__AVX512F__)
   return (uv)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (uv)_mm256_cvtepu16_epi32((__m128i)h);
 #else
   return __builtin_convertvector(h, uv);
 #endif
