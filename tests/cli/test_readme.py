@@ -21,7 +21,7 @@ def test_example_runs(code, tmp_path, monkeypatch):
 
 
 def test_there_is_an_example_for_each_user():
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
 
 
 def test_commands_and_variables_are_listed():

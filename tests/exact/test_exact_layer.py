@@ -198,3 +198,37 @@ def test_a_second_adapter_that_is_not_finite_takes_the_first_out_again(value):
     assert not layer.merged
     assert not layer.residuals
     assert same_bits(layer.base_layer.weight, before)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_convolutions(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(6, 8, 3, dtype=BF16))
+    original = model[0].weight.detach().clone()
+    model = lk.get_peft_model(model, lk.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), "a")
+    model.add_adapter("b", lk.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    model.merge_adapter(["a", "b"], exact=True)
+    assert not same_bits(model.base_model.layers()[0].weight, original)
+    model.unmerge_adapter(["a"])
+    model.unmerge_adapter()
+    assert same_bits(model.base_model.layers()[0].weight, original)
+
+
+@pytest.mark.parametrize("option", ["use_dora", "lora_bias"])
+def test_what_is_more_than_a_sum_is_refused_by_name(option):
+    torch.manual_seed(0)
+    config = {"r": 4, "target_modules": ["0", "1"], "init_lora_weights": False}
+    model = lk.get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), lk.LoraConfig(**config), "plain")
+    model.add_adapter("other", lk.LoraConfig(**config, **{option: True}))
+    before = [layer.weight.detach().clone() for layer in model.base_model.layers()]
+    with pytest.raises(ValueError, match=f"exact: adapter 'other' has {option}=True"):
+        model.merge_adapter(["plain", "other"], exact=True)
+    model.merge_adapter(["plain"], exact=True)
+    with pytest.raises(ValueError, match=f"exact: adapter 'other' has {option}=True"):
+        model.switch_adapter("plain", "other")
+    assert model.active_adapters == ["plain"]
+    model.unmerge_adapter()
+    for layer, weight in zip(model.base_model.layers(), before, strict=True):
+        assert same_bits(layer.weight, weight)
+    model.merge_adapter(["other"])
+    assert model.base_model.layers()[1].merged_adapters == ["other"]
