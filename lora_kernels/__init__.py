@@ -6,7 +6,7 @@
 
 import pathlib
 
-from . import ops
+from . import helpers, ops, peft_model, tuners, utils
 from .compat import peft_compat
 from .config import LoraConfig, LoraRuntimeConfig, PeftType, TaskType
 from .config import LoraConfig as PeftConfig
@@ -64,5 +64,9 @@ __all__ = [
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "use_backend",
+    "helpers",
+    "peft_model",
+    "tuners",
+    "utils",
     *_tasks,
 ]

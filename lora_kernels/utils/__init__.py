@@ -6,6 +6,7 @@ from ..io.checkpoint import PICKLE_NAME as WEIGHTS_NAME
 from ..io.checkpoint import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from ..layers import ModulesToSaveWrapper
 from ..targeting import DEFAULT_TARGETS as TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from . import hotswap
 from .other import cast_mixed_precision_params, infer_device, prepare_model_for_kbit_training
 from .save_and_load import (
     get_base_model_state_dict,
@@ -29,6 +30,7 @@ __all__ = [
     "cast_mixed_precision_params",
     "get_base_model_state_dict",
     "get_peft_model_state_dict",
+    "hotswap",
     "infer_device",
     "load_peft_weights",
     "prepare_model_for_kbit_training",

@@ -140,3 +140,14 @@ def test_missing_tensors_are_no_warning(tmp_path):
         lk.PeftModel.from_pretrained(model, tmp_path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert before.keys() == model.state_dict().keys()
+
+
+def test_scale_layer_reaches_embeddings():
+    theirs, ours = both(target_modules=["embed"])
+    layers = [model.base_model.model.embed for model in (theirs, ours)]
+    for layer in layers:
+        layer.scale_layer(0.5)
+    assert [layer.scaling["a"] for layer in layers] == [3.0, 1.5]
+    for layer in layers:
+        layer.unscale_layer()
+    assert [layer.scaling["a"] for layer in layers] == [3.0, 3.0]
