@@ -28,6 +28,15 @@ def precision(*tensors):
     return "tf32x3" if dtypes == {torch.float32, torch.float16} else "tf32"
 
 
+def full_precision(*tensors):
+    """As :func:`precision`, where the result is kept in float32: gradients of float32 adapters lose no bits."""
+    return (
+        "tf32x3"
+        if precision(*tensors) == "tf32" and torch.float32 in {t.dtype for t in tensors}
+        else precision(*tensors)
+    )
+
+
 @functools.cache
 def _properties(index):
     properties = torch.cuda.get_device_properties(index)

@@ -42,7 +42,7 @@ from lora_kernels.ops.linear.config import Config
 from lora_kernels.ops.triton_host import StaticCase
 from lora_kernels.testing import static_gate
 
-x, weight, bias, a, b, s = triton_cases._arguments(512, 16, torch.bfloat16)
+x, weight, bias, a, b, s = triton_cases.arguments(512, 16, torch.bfloat16)
 y = torch.empty((512, 4096), dtype=torch.bfloat16, device="meta")
 def case(*tiles, **options):
     run = functools.partial(triton.run, y, x, weight, bias, a, b, s, None, Config(*tiles, **options))

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 TUNED = Path(__file__).parent / "tuned"
+DECODE_RANK = 64  # the largest that the path ``decode`` takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def choose(
 
 def _few_rows(num_tokens, in_features, out_features, rank, num_sms, block_k, num_stages):
     block_m = 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
-    if rank > 64:
+    if rank > DECODE_RANK:
         return Config("two_pass", block_m, 64, min(block_k, 64), 4, num_stages)
     tiles = -(-out_features // 64)
     # A slice of K shorter than 12 steps of 128 costs more than it gains.
@@ -97,7 +98,7 @@ def _interpreter(num_tokens, rank, batch_invariant):
     """Small tiles, so that small tensors have several and tails; every path is reached."""
     if batch_invariant:
         return Config("two_pass", 16, 32, 32, 4, 1)
-    if num_tokens <= 16 and rank <= 64:
+    if num_tokens <= 16 and rank <= DECODE_RANK:
         return Config("decode", 16, 32, 32, 4, 1, split_k=3)
     if rank <= 16:
         return Config("one_pass", 16, 32, 32, 4, 1, group_m=2)

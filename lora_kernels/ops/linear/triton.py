@@ -40,28 +40,33 @@ def _aligned(tensor):
     return steps[0] <= 1 and steps[1] * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
-def shrink(x, lora_a, scaling, dtype, *, batch_invariant=False, pdl=False):
-    """U = s · x Aᵀ (M, S · padded rank) in ``dtype``, zero in the padding; lora_a (S, R, K)."""
+def shrink(x, lora_a, scaling, dtype, *, batch_invariant=False, pdl=False, saved_h=None, mask=None, multiplier=None):
+    """U = s · h (M, S · padded rank) in ``dtype``, zero in the padding; h = x Aᵀ, lora_a (S, R, K).
+
+    Training: ``saved_h`` (M, S · R) float32 receives h; ``mask`` and ``multiplier`` apply dropout to x.
+    """
     num_slices, rank, _ = lora_a.shape
     block, padded = _padded(rank)
     u = torch.empty((x.shape[0], num_slices * padded), dtype=dtype, device=x.device)
     few = x.shape[0] <= 2048 or batch_invariant
     block_m, block_h = 16 if few else 64, 16 if x.shape[0] <= 64 or batch_invariant else block
+    precision = host.precision(x, lora_a) if saved_h is None else host.full_precision(x, lora_a)
     # Three tf32 products, or an address for each element, take too many registers for a long step.
-    plain = _aligned(x) and _aligned(lora_a[0]) and host.precision(x, lora_a) == "tf32"
+    plain = _aligned(x) and _aligned(lora_a[0]) and precision == "tf32"
     block_k = 128 if plain and not host.INTERPRETED else 32
     grid = (-(-x.shape[0] // block_m), -(-u.shape[1] // block_h))
     triton_kernels.shrink_kernel[grid](
         u, x, lora_a, scaling, x.shape[0], x.shape[1], u.shape[1], rank, padded,
-        u.stride(0), *x.stride(), *lora_a.stride(),
-        EVEN_K=x.shape[1] % block_k == 0, PRECISION=host.precision(x, lora_a), UPCAST=host.upcast(x, lora_a, u),
+        u.stride(0), *x.stride(), *lora_a.stride(), saved_h, mask, multiplier,
+        EVEN_K=x.shape[1] % block_k == 0, PRECISION=precision, UPCAST=host.upcast(x, lora_a, u),
         PDL=pdl, BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_K=block_k, num_warps=4, num_stages=3 if plain else 2,
     )  # fmt: skip
     return u
 
 
-def run(y, x, weight, bias, lora_a, lora_b, scaling, out_splits, tiles, batch_invariant=False):
-    """y = x Wᵀ + bias + s · (x Aᵀ) Bᵀ with the given :class:`~.config.Config`."""
+def run(y, x, weight, bias, lora_a, lora_b, scaling, out_splits, tiles, batch_invariant=False, **training):
+    """y = x Wᵀ + bias + s · (x Aᵀ) Bᵀ with the given :class:`~.config.Config`; ``training``: as :func:`shrink`'s, for
+    the path ``two_pass``."""
     if y.numel() == 0:
         return
     a = lora_a.unsqueeze(0) if lora_a.dim() == 2 else lora_a
@@ -80,7 +85,7 @@ def run(y, x, weight, bias, lora_a, lora_b, scaling, out_splits, tiles, batch_in
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
-    launch(y, x, weight, bias, a, lora_b, scaling, out_splits, tiles, batch_invariant, switches)
+    launch(y, x, weight, bias, a, lora_b, scaling, out_splits, tiles, batch_invariant, switches, **training)
 
 
 def _tiles_n(weight, out_splits, block_n):
@@ -96,11 +101,11 @@ def _one_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, batch_invari
     )  # fmt: skip
 
 
-def _two_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, batch_invariant, switches):
+def _two_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, batch_invariant, switches, **training):
     pdl = host.has_pdl(x)
     block_r, padded = _padded(a.shape[1])
     block_r = 16 if switches["LOW_PRECISION"] == "tf32x3" else block_r
-    u = shrink(x, a, scaling, b.dtype, batch_invariant=batch_invariant, pdl=pdl)
+    u = shrink(x, a, scaling, b.dtype, batch_invariant=batch_invariant, pdl=pdl, **training)
     tiles_n = _tiles_n(weight, out_splits, tiles.block_n)
     programs = min(-(-x.shape[0] // tiles.block_m) * tiles_n, host.num_sms(x))
     tma = tiles.tma and host.tma_ready(x, weight, u)
@@ -146,12 +151,12 @@ def lora_linear(x, weight, bias, lora_a, lora_b, scaling, out_splits, batch_inva
     return y
 
 
-def lora_add_(y, x, lora_a, lora_b, scaling, batch_invariant):
+def lora_add_(y, x, lora_a, lora_b, scaling, batch_invariant, **training):
     if y.numel() == 0:
         return
     a, pdl = lora_a.unsqueeze(0), host.has_pdl(x)
     block_r, padded = _padded(lora_a.shape[0])
-    u = shrink(x, a, scaling, lora_b.dtype, batch_invariant=batch_invariant, pdl=pdl)
+    u = shrink(x, a, scaling, lora_b.dtype, batch_invariant=batch_invariant, pdl=pdl, **training)
     block_m, block_n = (16, 32) if host.INTERPRETED else (64 if batch_invariant or y.shape[0] > 32 else 16, 128)
     tiles_n = -(-y.shape[1] // block_n)
     triton_kernels.expand_kernel[(-(-y.shape[0] // block_m) * tiles_n,)](

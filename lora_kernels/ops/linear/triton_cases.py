@@ -12,7 +12,7 @@ _SIZES = ((1, 16), (32, 16), (64, 64), (16, 128), (64, 256), (200, 16), (400, 8)
 _SLICES = [4096, 1024, 1024]
 
 
-def _arguments(rows, rank, dtype, adapter=None, *, features=4096, outputs=4096, slices=None):
+def arguments(rows, rank, dtype, adapter=None, *, features=4096, outputs=4096, slices=None):
     def empty(*shape, like=dtype):
         return torch.empty(shape, dtype=like, device="meta")
 
@@ -33,13 +33,13 @@ def _mma(rows, dtype):
 
 def _forward(name, rows, rank, dtype, adapter=None, *, invariant=False, **sizes):
     slices = sizes.get("slices")
-    arguments = (*_arguments(rows, rank, dtype, adapter, **sizes), slices, invariant)
-    call = functools.partial(triton.lora_linear, *arguments)
+    call_with = (*arguments(rows, rank, dtype, adapter, **sizes), slices, invariant)
+    call = functools.partial(triton.lora_linear, *call_with)
     return StaticCase(f"lora_linear {name} M{rows} r{rank}", call, _mma(rows, dtype))
 
 
 def _add(name, rows, rank, dtype, adapter=None):
-    x, weight, _, *adapters = _arguments(rows, rank, dtype, adapter)
+    x, weight, _, *adapters = arguments(rows, rank, dtype, adapter)
     y = torch.empty((rows, weight.shape[0]), dtype=dtype, device="meta")
     call = functools.partial(triton.lora_add_, y, x, *adapters, False)
     return StaticCase(f"lora_add_ {name} M{rows} r{rank}", call, _mma(rows, dtype))

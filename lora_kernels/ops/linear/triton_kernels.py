@@ -62,6 +62,16 @@ def row_numbers(first, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def keep_block(mask, rows, begin, num_groups, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Dropout's packed bits of columns begin … begin + BLOCK_N of some rows; ``begin`` is a multiple of 8."""
+    groups = begin // 8 + tl.arange(0, BLOCK_N // 8)
+    places = rows.to(tl.int64)[:, None] * num_groups + groups[None, :]
+    packed = tl.load(mask + places, mask=(groups < num_groups)[None, :], other=0).to(tl.int32)
+    bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, (BLOCK_M, BLOCK_N)) != 0
+
+
+@triton.jit
 def store_rows(y, acc, bias, rows, columns, num_rows, end, y_row_stride, y_stride, bias_stride,
                HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Adds the bias and rounds once."""
@@ -113,11 +123,15 @@ def one_pass_kernel(
 @triton.jit
 def shrink_kernel(
     u, x, lora_a, scaling, num_rows, in_features, num_ranks, rank, padded_rank,
-    u_row_stride, x_row_stride, x_stride, a_slice_stride, a_row_stride, a_stride,
+    u_row_stride, x_row_stride, x_stride, a_slice_stride, a_row_stride, a_stride, saved_h, mask, multiplier,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """u (M, S · padded_rank) = s · x (M, K) · lora_a (S, R, K)ᵀ; the padding columns are zero."""
+    """u (M, S · padded_rank) = s · h, the padding columns zero; h = x (M, K) · lora_a (S, R, K)ᵀ.
+
+    Training: saved_h (M, S · R) float32 is written too; mask, packed keep bits of x, and multiplier make h that of
+    dropout(x). Each is None otherwise.
+    """
     if PDL:
         gdc_launch_dependents()
     first = tl.program_id(0) * BLOCK_M
@@ -131,8 +145,16 @@ def shrink_kernel(
         k = k_begin + tl.arange(0, BLOCK_K)
         x_block = load_block(x_rows, k[None, :], x_stride, in_features, EVEN_K)
         a_block = load_block(a_rows, k[:, None], a_stride, in_features, EVEN_K)
+        if mask is not None:
+            read_rows, num_groups = row_numbers(first, num_rows, BLOCK_M), tl.cdiv(in_features, 8)
+            x_block = tl.where(keep_block(mask, read_rows, k_begin, num_groups, BLOCK_M, BLOCK_K), x_block, 0.0)
         h = dot(x_block, a_block, h, PRECISION, UPCAST)
     rows = first + tl.arange(0, BLOCK_M)
+    if mask is not None:
+        h *= multiplier
+    if saved_h is not None:
+        h_rows = saved_h + rows.to(tl.int64)[:, None] * (num_ranks // padded_rank * rank)
+        tl.store(h_rows + (index * rank + r)[None, :], h, mask=(rows < num_rows)[:, None] & live[None, :])
     h = narrow(tl.where(live[None, :], h * tl.load(scaling), 0.0), u.dtype.element_ty, UPCAST)
     targets = u + rows.to(tl.int64)[:, None] * u_row_stride + places[None, :]
     tl.store(targets, h, mask=(rows < num_rows)[:, None] & (places < num_ranks)[None, :])
