@@ -49,7 +49,9 @@ def shrink(x, lora_a, scaling, dtype, *, batch_invariant=False, pdl=False, saved
     block, padded = _padded(rank)
     u = torch.empty((x.shape[0], num_slices * padded), dtype=dtype, device=x.device)
     few = x.shape[0] <= 2048 or batch_invariant
-    block_m, block_h = 16 if few else 64, 16 if x.shape[0] <= 64 or batch_invariant else block
+    # A masked x is in registers: from there wgmma, which starts at 64 rows, is serialised; mma.sync is not.
+    block_m = 16 if few else 64 if mask is None else 32
+    block_h = 16 if x.shape[0] <= 64 or batch_invariant else block
     precision = host.precision(x, lora_a) if saved_h is None else host.full_precision(x, lora_a)
     # Three tf32 products, or an address for each element, take too many registers for a long step.
     plain = _aligned(x) and _aligned(lora_a[0]) and precision == "tf32"

@@ -3,6 +3,8 @@
 A ``segments`` argument is None, all rows belonging to one adapter, or (row_order, segment_starts) of a plan.
 """
 
+import math
+
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -62,7 +64,7 @@ def skinny(
             grads, lows, left, right, factor, mask, scalings, *(segments or (None, None)),
             num_rows, num_columns, rank, -(-num_columns // 8), rank_blocks,
             *left.stride(), 0 if right is None else right.stride(0), *factor.stride(), *(grad_strides or (0,) * 4),
-            WIDTHS=tuple(out_splits or ()), NUM_SLICES=len(out_splits or ()),
+            WIDTHS=tuple(out_splits or ()), NUM_SLICES=len(out_splits or ()), ALIGN=math.gcd(16, *widths),
             NEED_GRAD=right is not None, NEED_LOW=need_low, HAS_MASK=mask is not None, GATHER=segments is not None,
             PRECISION=precision, UPCAST=host.upcast(left, factor),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_R=tiles.block_r, SPLIT=tiles.split,

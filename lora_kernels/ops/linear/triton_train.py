@@ -27,7 +27,7 @@ def dropout_mask(seed, num_rows, num_cols, p):
 
 def _training(x, lora_a, dropout_p, dropout_seed):
     """(h to be written, mask or an empty tensor, keywords of the shrink)."""
-    h = torch.empty((x.shape[0], lora_a[..., 0].numel()), dtype=torch.float32, device=x.device)
+    h = torch.empty((x.shape[0], lora_a.shape[:-1].numel()), dtype=torch.float32, device=x.device)
     if not dropout_p:
         return h, torch.empty(0, dtype=torch.uint8, device=x.device), {"saved_h": h}
     mask = dropout_mask(dropout_seed, *x.shape, dropout_p)

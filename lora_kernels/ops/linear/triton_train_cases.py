@@ -45,8 +45,8 @@ def _case(name, rows, rank, dtype, adapter=None, *, dropout_p=0.0, invariant=Fal
         )  # fmt: skip
 
     mma = _mma(rows, dtype)
-    if adapter not in (None, dtype):  # three tf32 products, at sizes where mma.sync does
-        mma["skinny_kernel"] = "mma"
+    if dropout_p or adapter not in (None, dtype):  # masked blocks and three tf32 products: mma.sync will do
+        mma["skinny_kernel"] = "none" if dtype == torch.float32 else "mma"
     return StaticCase(f"training {name} M{rows} r{rank}", call, mma)
 
 

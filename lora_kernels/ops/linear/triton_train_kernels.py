@@ -39,7 +39,8 @@ def skinny_kernel(
     num_rows, num_columns, rank, num_groups, rank_blocks,
     left_row_stride, left_stride, right_row_stride, factor_slot_stride, factor_stride, factor_rank_stride,
     grad_split_stride, grad_slot_stride, grad_stride, grad_rank_stride,
-    WIDTHS: tl.constexpr, NUM_SLICES: tl.constexpr, NEED_GRAD: tl.constexpr, NEED_LOW: tl.constexpr,
+    WIDTHS: tl.constexpr, NUM_SLICES: tl.constexpr, ALIGN: tl.constexpr,
+    NEED_GRAD: tl.constexpr, NEED_LOW: tl.constexpr,
     HAS_MASK: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -47,11 +48,13 @@ def skinny_kernel(
     lows[strip, row, r] (contiguous) = s Σ_column left[row, column] · factor[slot, column, r]
 
     GATHER: the rows of a slot are those of its segment of row_order; else all rows, and one slot. ``scalings`` None:
-    s is 1. Only rows below num_rows count.
+    s is 1. Only rows below num_rows count. ALIGN: a power of two that divides every width.
     """
     strip, split = tl.program_id(0), tl.program_id(1)
     slot, rank_block = tl.program_id(2) // rank_blocks, tl.program_id(2) % rank_blocks
     index, begin, end = column_tile(strip, num_columns, WIDTHS, NUM_SLICES, BLOCK_N)
+    if NUM_SLICES > 0:  # what the compiler can not see, and would read one element at a time for
+        begin, end = tl.multiple_of(begin, ALIGN), tl.multiple_of(end, ALIGN)
     columns, ranks = begin + tl.arange(0, BLOCK_N), rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     inside, live = columns < end, ranks < rank
     scaling = 1.0
@@ -67,7 +70,8 @@ def skinny_kernel(
     if GATHER:
         first, last = tl.load(segment_starts + slot + 1), tl.load(segment_starts + slot + 2)
     share = tl.cdiv(tl.cdiv(last - first, BLOCK_M), SPLIT) * BLOCK_M
-    grad = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    # A masked block is in registers: as the left operand of wgmma it would be serialised, so it becomes the right one.
+    grad = tl.zeros((BLOCK_R, BLOCK_N) if HAS_MASK else (BLOCK_N, BLOCK_R), tl.float32)
     for place in range(first + split * share, tl.minimum(first + (split + 1) * share, last), BLOCK_M):
         rows = place + tl.arange(0, BLOCK_M)
         mine = rows < last
@@ -91,8 +95,13 @@ def skinny_kernel(
             right_rows = right + rows.to(tl.int64)[:, None] * right_row_stride + index * rank
             right_block = tl.load(right_rows + ranks[None, :], mask=mine[:, None] & live[None, :], other=0.0)
             right_block = narrow(right_block.to(tl.float32), factor.dtype.element_ty, UPCAST)
-            grad = dot(tl.trans(left_block), right_block, grad, PRECISION, UPCAST)
+            if HAS_MASK:
+                grad = dot(tl.trans(right_block), left_block, grad, PRECISION, UPCAST)
+            else:
+                grad = dot(tl.trans(left_block), right_block, grad, PRECISION, UPCAST)
     if NEED_GRAD:
+        if HAS_MASK:
+            grad = tl.trans(grad)
         plane = grads + split.to(tl.int64) * grad_split_stride + slot.to(tl.int64) * grad_slot_stride
         targets = plane + columns.to(tl.int64)[:, None] * grad_stride + ranks.to(tl.int64)[None, :] * grad_rank_stride
         tl.store(targets, grad * scaling, mask=inside[:, None] & live[None, :])
