@@ -85,7 +85,7 @@ def lora_linear_backward(
         sum_planes(db, grads[:, 0])
     if need_x or need_a:
         g = low_rank_of(lows, x.shape[0], rank, lora_a.dtype, 1.0 / (1.0 - dropout_p))
-        a = lora_a.reshape(1, -1, x.shape[1])
+        a = lora_a.reshape(1, h.shape[1], x.shape[1])
     if need_a:
         grads, _ = skinny(x, a.transpose(1, 2), None, right=g, need_low=False, mask=mask, by_rank=True)
         sum_planes(da.view(a.shape[1:]), grads[:, 0])

@@ -42,7 +42,7 @@ def multi_lora_backward(
             dx.zero_() if weight is None else torch.mm(dy, weight, out=dx)
         return dx
     a_bank, b_bank = _bank(lora_a, -2), _bank(lora_b, -1)
-    rank, stacked = b_bank.shape[2], a_bank.reshape(num_slots, -1, x.shape[1])
+    rank, stacked = b_bank.shape[2], a_bank.reshape(num_slots, a_bank.shape[1:-1].numel(), x.shape[1])
     rows = {"segments": (row_order, segment_starts), "num_slots": num_slots}
     h = None
     if db:
