@@ -212,7 +212,7 @@ def pattern_value(patterns, name, default):
 
 
 def _target(model, config, name, module):
-    base = module.base_layer if isinstance(module, LoraLayer) else module
+    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
     kind = layer_class(base)
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, ModulesToSaveWrapper):
@@ -220,7 +220,8 @@ def _target(model, config, name, module):
     if kind is None:
         raise ValueError(
             f"target_modules: '{name}' is not supported, it is a {type(base).__name__}. Currently, only "
-            "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d and transformers' Conv1D can be adapted"
+            "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention and "
+            "transformers' Conv1D can be adapted"
         )
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(f"target_modules: '{name}' is used by nn.MultiheadAttention without being called")

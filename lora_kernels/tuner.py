@@ -66,7 +66,7 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
         return [part for part in self._parts() if isinstance(part, LoraLayer)]
 
     def _parts(self):
-        """The LoRA layers and the modules saved in full, in the order of the model; their inside is not walked."""
+        """The LoRA layers and the modules saved in full, in the order of the model; below both only LoRA layers."""
         found, seen, stack = [], set(), [self.model]
         while stack:
             module = stack.pop()
@@ -75,6 +75,8 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
             seen.add(module)
             if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
                 found.append(module)
+                if isinstance(module, LoraLayer) and len(module.base_layer._modules):
+                    stack.append(module.base_layer)
             else:
                 stack.extend(reversed(module._modules.values()))
         return found
@@ -109,6 +111,7 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
                 layer = target.module
                 if not isinstance(layer, LoraLayer):
                     layer = target.layer_class(target.module)
+                    undo.append((layer.unwrap,))
                     layer._active_adapter = self.active_adapters
                     layer._rows = self._rows
                     layer.enable_adapters(not disabled)
@@ -263,9 +266,9 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
 
     def unload(self):
         """Takes all wrappers away without merging: returns the plain model."""
-        for name, part in [(n, m) for n, m in self.model.named_modules() if n]:
+        for name, part in reversed([(n, m) for n, m in self.model.named_modules() if n]):
             if isinstance(part, LoraLayer):
-                self._replace(name, part, part.base_layer, [])
+                self._replace(name, part, part.unwrap(), [])
             elif isinstance(part, ModulesToSaveWrapper):
                 self._replace(name, part, part._current(), [])
         for module, attribute, value in self._fused:

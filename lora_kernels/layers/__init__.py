@@ -1,5 +1,6 @@
 """LoRA layers: one file a kind of base layer, all on ``LoraLayer``, which owns the state of the adapters."""
 
+from .attention import LoraAttention
 from .base import LoraLayer
 from .conv import LoraConv
 from .embedding import LoraEmbedding
@@ -8,7 +9,7 @@ from .saved import ModulesToSaveWrapper
 from .transposed import LoraTransposed
 
 # A base layer gets the first of these that accepts it.
-KINDS = (LoraEmbedding, LoraConv, LoraLinear, LoraTransposed)
+KINDS = (LoraEmbedding, LoraConv, LoraAttention, LoraLinear, LoraTransposed)
 
 
 def layer_class(module):
@@ -18,6 +19,7 @@ def layer_class(module):
 
 __all__ = [
     "KINDS",
+    "LoraAttention",
     "LoraConv",
     "LoraEmbedding",
     "LoraLayer",

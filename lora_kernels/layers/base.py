@@ -34,6 +34,7 @@ class LoraLayer(MergedWeight, nn.Module):
     weight_name = "weight"  # of the parameter of the base layer that the adapters update
     inits = DENSE_INITS  # what ``init_lora_weights`` may be
     has_dropout = has_bias = True
+    scaling_factor = 1.0  # on top of lora_alpha / r: for adapters that were trained with a defect of PEFT
     several = False  # whether the weight is a stack of matrices
     stored_transposed = False  # whether the weight is (in_features, out_features)
 
@@ -63,6 +64,10 @@ class LoraLayer(MergedWeight, nn.Module):
     def accepts(cls, module):
         """Whether this is the LoRA layer for ``module``."""
         return isinstance(module, cls.base_class)
+
+    def unwrap(self):
+        """The base layer as it was before; what is merged stays in it."""
+        return self.base_layer
 
     # What is there
 
@@ -275,7 +280,7 @@ class LoraLayer(MergedWeight, nn.Module):
 
     def _own_scaling(self, name):
         r = self.r[name]
-        return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
+        return self.scaling_factor * self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
 
     # Computing
 
