@@ -34,7 +34,7 @@ def initialise(layer, name, init):
     """
     if init is False:
         return None
-    kind = init.lower() if isinstance(init, str) else init
+    kind = init.lower() if isinstance(init, str) and layer.inits else True
     if isinstance(kind, str) and kind.startswith(("pissa", "olora")):
         return _from_weight(layer, name, kind)
     a, b = layer._start_factors(name)

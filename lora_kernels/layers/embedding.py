@@ -14,6 +14,7 @@ class LoraEmbedding(LoraLayer):
     """
 
     base_class = nn.Embedding
+    inits = ()  # whatever is asked for starts the same way, as in PEFT
     has_dropout = has_bias = False
 
     def __init__(self, base_layer):

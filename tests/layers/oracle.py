@@ -123,7 +123,7 @@ def merging(ours, theirs, inputs, both, adapters):
     for name, parameter in theirs.named_parameters():
         if name in before:
             close(ours_weights[name], parameter.detach().double())
-            merged[name] = parameter.detach()
+            merged[name] = parameter.detach().clone()
     with ours.disable_adapter():
         close(out(ours, inputs), base.double(), both)
     ours.base_model.unmerge_adapter()

@@ -46,7 +46,7 @@ def truth(ours, x, mask=None, names=("default",), out_proj=1.0):
 @pytest.mark.parametrize("options", [{}, {"batch_first": False}, {"bias": False}, {"add_bias_kv": True}])
 @pytest.mark.parametrize("grad", [False, True])
 def test_forward_and_backward(options, grad):
-    ours, theirs = pair(lambda: Model(**options), ("default", "b"), **CONFIG)
+    ours, _ = pair(lambda: Model(**options), ("default", "b"), **CONFIG)
     mask = None if options.get("batch_first") is False else torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     with torch.set_grad_enabled(grad):
         close(ours(x(), mask), truth(ours, x(), mask))
@@ -84,13 +84,13 @@ def test_peft_counts_out_proj_twice_and_its_weights_drift():
     ours.load_state_dict(randomize(theirs, scale=0.25).state_dict())
     exact = truth(ours, x())
     with torch.no_grad():
+        before = [m.base_model.model.attention.base_layer.in_proj_weight.clone() for m in (ours, theirs)]
         wrong = theirs(x())
         assert (wrong - exact).norm() / exact.norm() > 0.05
         close(wrong, truth(ours, x(), out_proj=2.0))
         lk.peft_compat(ours, attention_out_twice=True)
         close(ours(x()), wrong.double())
         lk.peft_compat(ours, attention_out_twice=False)
-        before = [m.base_model.model.attention.base_layer.in_proj_weight.clone() for m in (ours, theirs)]
         for _ in range(100):
             ours(x())
             theirs(x())
