@@ -1,0 +1,212 @@
+"""The cost of adapters' life against peft: layers in use, choosing, wrapping, loading and mixed batches.
+
+    python bench/peft_life.py --json bench/results/peft_life.json [--seconds 2] [--only mixed]
+
+Every row times the base model (where it has one), peft and this package in turns in one run, so that all see the same
+machine; the figures to compare are the ratios.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import warnings
+
+import torch
+from torch import nn
+
+import lora_kernels as lk
+from lora_kernels.bench.measure import facts
+from lora_kernels.bench.timing import interleaved
+
+LAYERS, WIDTH = 200, 16
+
+
+def chain(layers=LAYERS, width=WIDTH):
+    """``layers`` tiny linear layers in a row."""
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)])
+
+
+def minilm(dtype=torch.float32):
+    """A model of the size of MiniLM-L6 with random weights."""
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    torch.manual_seed(0)
+    return BertModel(BertConfig(**sizes), add_pooling_layer=False).to(dtype).eval()
+
+
+def wrapped(package, model, targets, names=("default",), r=8):
+    """``model`` with adapters whose B is not zero."""
+    config = {"r": r, "lora_alpha": 16, "target_modules": targets}
+    made = package.get_peft_model(model, package.LoraConfig(**config), names[0])
+    for name in names[1:]:
+        made.add_adapter(name, package.LoraConfig(**config))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.02
+    return made.eval()
+
+
+def sides(make):
+    """``{"peft": …, "ours": …}``: what ``make(package)`` gives for each."""
+    import peft
+
+    return {name: make(package) for name, package in (("peft", peft), ("ours", lk))}
+
+
+def without_grad(function):
+    @torch.inference_mode()
+    def run():
+        return function()
+
+    return run
+
+
+def tiny_forward(grad):
+    x, base = torch.randn(3, WIDTH), chain()
+    base.requires_grad_(False)
+    models = {"base": base, **sides(lambda p: wrapped(p, chain(), [str(i) for i in range(LAYERS)]))}
+    runs = {name: (lambda model=model: model(x)) for name, model in models.items()}
+    return runs if grad else {name: without_grad(run) for name, run in runs.items()}
+
+
+def tiny_mixed():
+    x, names = torch.randn(3, WIDTH), ["a", "b", "c"]
+    base = chain()
+    models = sides(lambda p: wrapped(p, chain(), [str(i) for i in range(LAYERS)], names))
+    runs = {name: (lambda model=model: model(x, adapter_names=names)) for name, model in models.items()}
+    return {name: without_grad(run) for name, run in {"base": lambda: base(x), **runs}.items()}
+
+
+def tiny_set():
+    def run(model):
+        model.set_adapter("b")
+        model.set_adapter("a")
+
+    models = sides(lambda p: wrapped(p, chain(), [str(i) for i in range(LAYERS)], ("a", "b")))
+    return {name: (lambda model=model: run(model)) for name, model in models.items()}
+
+
+def tiny_disable():
+    x, base = torch.randn(3, WIDTH), chain()
+
+    def run(model):
+        with model.disable_adapter():
+            return model(x)
+
+    models = sides(lambda p: wrapped(p, chain(), [str(i) for i in range(LAYERS)]))
+    runs = {name: (lambda model=model: run(model)) for name, model in models.items()}
+    return {name: without_grad(run) for name, run in {"base": lambda: base(x), **runs}.items()}
+
+
+def wrap():
+    targets = [str(i) for i in range(32)]
+    plain = chain(32)
+    return sides(lambda p: lambda: p.get_peft_model(copy.deepcopy(plain), p.LoraConfig(target_modules=targets)))
+
+
+def load():
+    folder = tempfile.mkdtemp()
+    targets = [str(i) for i in range(32)]
+    wrapped(lk, chain(32), targets).save_pretrained(folder)
+    models = sides(lambda p: wrapped(p, chain(32), targets))
+
+    def run(model):
+        model.load_adapter(folder, "loaded")
+        model.delete_adapter("loaded")
+
+    return {name: (lambda model=model: run(model)) for name, model in models.items()}
+
+
+def minilm_forward(dtype):
+    ids = torch.randint(0, 30000, (1, 32))
+    base = minilm(dtype)
+    models = {"base": base, **sides(lambda p: wrapped(p, minilm(dtype), "all-linear", r=16))}
+    return {name: without_grad(lambda model=model: model(input_ids=ids)) for name, model in models.items()}
+
+
+def minilm_mixed():
+    ids = torch.randint(0, 30000, (32, 16))
+    adapters = [f"a{i}" for i in range(8)]
+    names = [adapters[i % 8] for i in range(32)]
+    base = minilm()
+    models = sides(lambda p: wrapped(p, minilm(), "all-linear", adapters, r=16))
+    runs = {n: (lambda model=model: model(input_ids=ids, adapter_names=names)) for n, model in models.items()}
+    return {name: without_grad(run) for name, run in {"base": lambda: base(input_ids=ids), **runs}.items()}
+
+
+def minilm_merge():
+    def run(model):
+        model.merge_adapter()
+        model.unmerge_adapter()
+
+    models = sides(lambda p: wrapped(p, minilm(), "all-linear", r=16))
+    return {name: (lambda model=model: run(model)) for name, model in models.items()}
+
+
+# Row: (what makes the contenders, calls a round counts as, bound as (ours over what, at most)).
+ROWS = {
+    "200 tiny linears, inference": (lambda: tiny_forward(False), 1, ("base", 2.5 / 1.1)),
+    "200 tiny linears, with grad": (lambda: tiny_forward(True), 1, ("base", 4.5 / 1.1)),
+    "200 tiny linears, mixed batch of 3": (tiny_mixed, 1, ("base", 5 / 1.1)),
+    "200 tiny linears, set_adapter": (tiny_set, 2, ("peft", 1 / 7.9)),
+    "200 tiny linears, disable_adapter() and forward": (tiny_disable, 1, ("base", 3 / 1.1)),
+    "get_peft_model, 32 tiny layers": (wrap, 1, ("peft", 1 / 4)),
+    "load_adapter, 32 tiny layers": (load, 1, ("peft", 1 / 2)),
+    "MiniLM, 1 x 32, float32": (lambda: minilm_forward(torch.float32), 1, ("base", 1.10)),
+    "MiniLM, 1 x 32, bfloat16": (lambda: minilm_forward(torch.bfloat16), 1, ("peft", 1 / 1.4)),
+    "MiniLM, mixed batch, 32 rows, 8 adapters": (minilm_mixed, 1, ("peft", 1 / 3)),
+    "MiniLM, merge_adapter and unmerge_adapter": (minilm_merge, 1, ("peft", 1 / 10)),
+}
+
+
+def measure(row, seconds):
+    """The best and the median milliseconds of each contender, and whether the bound holds."""
+    make, calls, (other, bound) = ROWS[row]
+    times = interleaved(make(), seconds=seconds, min_rounds=5)
+    best = {name: min(found) * 1e3 / calls for name, found in times.items()}
+    median = {name: statistics.median(found) * 1e3 / calls for name, found in times.items()}
+    ratio = best["ours"] / best[other]
+    return {
+        "row": row,
+        "best_ms": best,
+        "median_ms": median,
+        "ours/base": best["ours"] / best["base"] if "base" in best else None,
+        "peft/ours": best["peft"] / best["ours"],
+        "bound": f"ours/{other} <= {bound:.3f}",
+        "ratio": ratio,
+        "holds": ratio <= bound,
+    }
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", help="file to write")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each row")
+    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    rows = [row for row in ROWS if options.only in row]
+    results = []
+    for index, row in enumerate(rows, 1):
+        print(f"[{index}/{len(rows)}] {row}", file=sys.stderr, flush=True)
+        result = measure(row, options.seconds)
+        results.append(result)
+        best = "  ".join(f"{name} {ms:.2f} ms" for name, ms in result["best_ms"].items())
+        verdict = "holds" if result["holds"] else "misses"
+        print(f"{row}: {best}  peft/ours {result['peft/ours']:.2f}  {result['bound']}: {result['ratio']:.3f} {verdict}")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({"facts": facts(), "rows": results}, file, indent=1)
+    return results
+
+
+if __name__ == "__main__":
+    main()
