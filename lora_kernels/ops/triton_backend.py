@@ -16,7 +16,7 @@ import sys
 
 import torch
 
-MODULES = ("linear.triton", "linear.triton_train", "multi.triton_train")
+MODULES = ("linear.triton", "linear.triton_train", "multi.triton", "multi.triton_train", "merge.triton")
 OLDEST = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
 
