@@ -193,21 +193,26 @@ def test_the_same_call_gives_the_same_bits(route, device):
 
 
 def test_batch_invariant(device):
-    """Among themselves, and with ``lora_linear`` of the row's adapter alone."""
-    case = make_multi(37, 96, 64, 8, 4, torch.float16, device=device)
+    """Among themselves, and with ``lora_linear`` of the row's adapter alone.
+
+    A tensor core gives a row the same bits wherever it is in a block, numpy does not: in the interpreter only rows
+    that keep their places are compared.
+    """
+    case = make_multi(48, 96, 64, 8, 4, torch.float16, device=device)
+    case.token_slots.copy_(torch.tensor([-1, 0, 1]).repeat_interleave(16))
+    parts = [slice(0, 16), slice(16, 48), slice(32, 33)] + ([slice(5, 9), slice(30, 47)] if device == "cuda" else [])
     with lk.use_backend("triton", batch_invariant=True):
         whole = run(case)
         check(whole, case)
-        for rows in (slice(0, 1), slice(7, 9), slice(20, 37)):
+        for rows in parts:
             part = dataclasses.replace(case, x=case.x[rows], token_slots=case.token_slots[rows])
             assert torch.equal(run(part), whole[rows])
-        for row in (0, 7, 32):
+        for row in (16, 32):
             slot = int(case.token_slots[row])
-            if slot >= 0:
-                rank = int(case.slot_ranks[slot])
-                adapter = (case.a_bank[slot, :rank], case.b_bank[slot, :, :rank], case.slot_scalings[slot])
-                single = lora_linear(case.x[row : row + 1], case.weight, case.bias, *adapter)
-                assert torch.equal(single[0], whole[row])
+            rank = int(case.slot_ranks[slot])
+            adapter = (case.a_bank[slot, :rank], case.b_bank[slot, :, :rank], case.slot_scalings[slot])
+            single = lora_linear(case.x[row : row + 1], case.weight, case.bias, *adapter)
+            assert torch.equal(single[0], whole[row])
 
 
 @pytest.mark.parametrize("slices", [None, 2])

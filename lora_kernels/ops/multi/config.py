@@ -75,6 +75,8 @@ def choose(
     base = Tiles(128, 128, 64 if half and large_memory and capability >= (9, 0) else 32, 8, 3 if aligned else 2)
     if not half:
         base = Tiles(64, 64, 32, 8, 2)
+    elif not plain:  # three tf32 products, or an address for each element, take registers
+        base = Tiles(64, 128, 32, 8, 2)
     elif num_tokens <= 256:
         base = dataclasses.replace(base, block_m=64, num_warps=4)
     # The slots of one tile follow one another: with few rows each, adding in place is faster.

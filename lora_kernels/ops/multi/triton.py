@@ -22,9 +22,9 @@ class Side:
     """One factor of all slots as the kernels take it; ``bank`` and ``ranks`` are tuples for a list.
 
     Attributes:
-        strides: of A: slot, slice, rank, element; of B: slot, row, element. Not used for a list.
+        strides: of A: slot, slice, rank, element; of B: slot, row, element. Of a list only the last counts.
         rank_strides: of ``ranks``: slot, slice.
-        dtypes: a tensor whose dtype and alignment stand for all.
+        one: a tensor whose dtype stands for all.
     """
 
     bank: object
@@ -74,7 +74,7 @@ def bank_b(b_bank, slot_ranks, num_slices):
 
 
 def listed(lora_a, lora_b, num_slices):
-    """(A, B) of a list of adapters, and its slot_ranks: None, or a tensor when the list had to be packed."""
+    """(A, B), a :class:`Side` each, of a list of adapters; of two dtypes they meet in float32."""
     if len({tensor.dtype for tensor in (*lora_a, *lora_b)}) > 1:
         lora_a, lora_b = [t.float() for t in lora_a], [t.float() for t in lora_b]
     ranks = [tensor.shape[-2] for tensor in lora_a]
@@ -95,7 +95,7 @@ def _packed(tensor):
 
 
 def _bank_of(lora_a, lora_b):
-    """(a_bank, b_bank, slot_ranks) with the adapters of a list, padded to the largest rank."""
+    """(a_bank, b_bank) with the adapters of a list, padded with zeros to the largest rank."""
     ranks = [tensor.shape[-2] for tensor in lora_a]
     dtype = torch.float32 if len({tensor.dtype for tensor in (*lora_a, *lora_b)}) > 1 else lora_a[0].dtype
     device, largest = lora_a[0].device, max(ranks)
@@ -104,7 +104,7 @@ def _bank_of(lora_a, lora_b):
     for slot, rank in enumerate(ranks):
         a_bank[slot, ..., :rank, :] = lora_a[slot]
         b_bank[slot, :, :rank] = lora_b[slot]
-    # Dead columns are zeros that were written here: all of them may be computed, no ranks need go to the device.
+    # Dead columns are zeros that were written here: they may be computed, and no ranks need go to the device.
     return a_bank, b_bank
 
 
@@ -126,10 +126,6 @@ def _block_slots(num_slots):
     return triton.next_power_of_2(max(num_slots, 1) + 1)
 
 
-def _low(*tensors):
-    return host.precision(*tensors)
-
-
 def _block_rank(max_rank, precision):
     """Columns of h that one step of an update takes: few, for they are added up in registers as float32."""
     return 16 if precision != "tf32" else min(32, max(16, triton.next_power_of_2(max_rank)))
@@ -145,9 +141,10 @@ def _shrink(planes, x, a, row_order, segment_starts, tiles):
     if 0 in grid:
         return
     triton_kernels.multi_shrink_kernel[grid](
-        planes, x, a.bank, a.ranks, row_order, segment_starts, num_rows, x.shape[1], num_columns, a.max_rank, a.num_slots,
-        *x.stride(), *a.strides, *a.rank_strides, **a.switches, EVEN_K=x.shape[1] % tiles.block_k == 0, SPLIT=split,
-        LOW_PRECISION=_low(x, a.one), UPCAST=host.upcast(x, a.one),
+        planes, x, a.bank, a.ranks, row_order, segment_starts, num_rows, x.shape[1], num_columns, a.max_rank,
+        a.num_slots, *x.stride(), *a.strides, *a.rank_strides, **a.switches,
+        EVEN_K=x.shape[1] % tiles.block_k == 0, SPLIT=split,
+        LOW_PRECISION=host.precision(x, a.one), UPCAST=host.upcast(x, a.one),
         BLOCK_M=tiles.block_m, BLOCK_H=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_SLOTS=_block_slots(a.num_slots),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
@@ -159,7 +156,7 @@ def _widths(out_splits):
 
 def _expand(y, planes, b, slot_scalings, row_order, segment_starts, out_splits, tiles, like):
     split, num_rows, num_columns = planes.shape
-    low = _low(like, b.one)
+    low = host.precision(like, b.one)
     columns = sum(-(-width // tiles.block_n) for width in out_splits or (y.shape[1],))
     grid = (_tiles_of_slots(num_rows, tiles.block_m, b.num_slots), columns)
     if 0 in grid:
@@ -176,7 +173,7 @@ def _expand(y, planes, b, slot_scalings, row_order, segment_starts, out_splits, 
 def _fused(y, x, weight, bias, a, b, slot_scalings, row_order, segment_starts, out_splits, tiles):
     planes, base = _planes(x, a, tiles.shrink.split), tiles.base
     _shrink(planes, x, a, row_order, segment_starts, tiles.shrink)
-    low = _low(x, a.one, b.one)
+    low = host.precision(x, a.one, b.one)
     tiles_n = _tiles_n(weight, out_splits, base.block_n)
     triton_kernels.multi_fused_kernel[(-(-x.shape[0] // base.block_m) * tiles_n,)](
         y, x, weight, bias, planes, b.bank, b.ranks, slot_scalings, row_order, segment_starts,
@@ -203,12 +200,12 @@ def _decode(y, x, weight, bias, a, b, slot_scalings, row_order, segment_starts, 
         num_rows, out_features, in_features, a.columns, a.max_rank, a.num_slots,
         *x.stride(), *weight.stride(), *a.strides, *a.rank_strides, num_shrink, blocks, tiles_n,
         **a.switches, EVEN_K=in_features % max(base.block_k, shrink.block_k) == 0, SPLIT=shrink.split,
-        BASE_SPLIT=base.split, PRECISION=host.precision(x), LOW_PRECISION=_low(x, a.one), **switches,
+        BASE_SPLIT=base.split, PRECISION=host.precision(x), LOW_PRECISION=host.precision(x, a.one), **switches,
         BLOCK_M=base.block_m, BLOCK_N=base.block_n, BLOCK_K=base.block_k,
         SHRINK_M=shrink.block_m, BLOCK_H=shrink.block_n, SHRINK_K=shrink.block_k,
         num_warps=base.num_warps, num_stages=base.num_stages,
     )  # fmt: skip
-    low = _low(x, b.one)
+    low = host.precision(x, b.one)
     grid = (_tiles_of_slots(num_rows, finish.block_m, a.num_slots + 1), _tiles_n(weight, out_splits, finish.block_n))
     triton_kernels.multi_finish_kernel[grid](
         y, base_planes, planes, bias, b.bank, b.ranks, slot_scalings, row_order, segment_starts,

@@ -149,7 +149,7 @@ def add_update(
         b_block = tl.load(b_ptrs, mask=live[:, None] & inside[None, :], other=0.0)
         h_ptrs = h_rows[:, None] + r[None, :]
         h = tl.load(h_ptrs, mask=mine[:, None] & live[None, :], other=0.0)
-        for plane in tl.static_range(1, SPLIT):
+        for _ in tl.static_range(1, SPLIT):
             h_ptrs += num_rows * num_columns
             h += tl.load(h_ptrs, mask=mine[:, None] & live[None, :], other=0.0)
         acc = dot(narrow(h * scaling, b_block.dtype, UPCAST), b_block, acc, PRECISION, UPCAST)
@@ -186,7 +186,7 @@ def sum_planes_kernel(
     shrunk = inside & (places >= tl.load(segment_starts + 1))[:, None]
     offsets = rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-    for split in tl.static_range(SPLIT):
+    for _ in tl.static_range(SPLIT):
         total += tl.load(planes + offsets, mask=shrunk, other=0.0)
         planes += num_rows * num_columns
     tl.store(h + offsets, total, mask=inside)
@@ -194,8 +194,8 @@ def sum_planes_kernel(
 
 @triton.jit
 def multi_expand_kernel(
-    y, planes, bank, ranks, scalings, row_order, segment_starts, num_rows, out_features, num_columns, max_rank, num_slots,
-    y_row_stride, y_stride, b_slot_stride, b_row_stride, b_stride, rank_slot_stride, rank_slice_stride,
+    y, planes, bank, ranks, scalings, row_order, segment_starts, num_rows, out_features, num_columns, max_rank,
+    num_slots, y_row_stride, y_stride, b_slot_stride, b_row_stride, b_stride, rank_slot_stride, rank_slice_stride,
     WIDTHS: tl.constexpr, NUM_SLICES: tl.constexpr, HAS_RANKS: tl.constexpr, NUM_LISTED: tl.constexpr,
     SPLIT: tl.constexpr, LOW_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
@@ -321,7 +321,7 @@ def multi_finish_kernel(
         inside = (rows < num_rows)[:, None] & (columns < end)[None, :]
         sources = base_planes + rows.to(tl.int64)[:, None] * out_features + columns[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for split in tl.static_range(BASE_SPLIT):
+        for _ in tl.static_range(BASE_SPLIT):
             acc += tl.load(sources, mask=inside, other=0.0)
             sources += num_rows * out_features
         if slot >= 0:
