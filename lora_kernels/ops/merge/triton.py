@@ -13,13 +13,13 @@ def config(itemsize, precision, strided, interpreted):
     """(BLOCK_M, BLOCK_N, num_warps) of a tile of the weight, a pure function.
 
     Products of float32 factors run on the plain units, and a weight whose elements are apart needs an address each:
-    both take more registers.
+    both take more registers. The rest goes to mma.sync: bound by memory, a wider instruction would gain nothing.
     """
     if interpreted:
         return 32, 32, 4
     if precision == "ieee" or itemsize == 4 or strided:
         return 32, 64, 4
-    return 64, 128, 8
+    return 32, 128, 4
 
 
 def _precision(lora_a, lora_b):

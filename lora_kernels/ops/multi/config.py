@@ -65,16 +65,18 @@ def choose(
     few = num_tokens < 64 * max(num_slots, 1)
     plain = plain and aligned
     if batch_invariant:
-        base = Tiles(64, 128, 32, 8, 2) if half else Tiles(64, 64, 32, 8, 2)
+        base = Tiles(64, 128, 32, 8, 2) if half else Tiles(32, 64, 32, 4, 2)
         return Config("fused", base, _shrink(16, 16, plain and half), Tiles(16, 128, 0, 4, 2))
     expand = Tiles(16, 128 if half else 64, 0, 4, 2) if few else Tiles(64, 128 if half else 64, 0, 8, 2)
     if num_tokens <= 64:
         block_k = 32 if not (plain and half) else 128 if large_memory else 64
         return _few_rows(num_tokens, in_features, out_features, block_k, num_sms, expand)
-    shrink = _split(_shrink(16 if few else 64, _columns(num_columns), plain and half), num_tokens, in_features, num_sms)
+    # With float32 adapters a tile of 64 rows would become wgmma that ptxas serialises.
+    shrink_rows = 16 if few else 64 if plain else 32
+    shrink = _split(_shrink(shrink_rows, _columns(num_columns), plain and half), num_tokens, in_features, num_sms)
     base = Tiles(128, 128, 64 if half and large_memory and capability >= (9, 0) else 32, 8, 3 if aligned else 2)
     if not half:
-        base = Tiles(64, 64, 32, 8, 2)
+        base = Tiles(32, 64, 32, 4, 2)
     elif not plain:  # three tf32 products, or an address for each element, take registers
         base = Tiles(64, 128, 32, 8, 2)
     elif num_tokens <= 256:
