@@ -23,10 +23,13 @@ def _table(path):
     found = json.loads(path.read_text())
     commit = (found["commit"] or "unknown")[:12]
     dropped = "-dirty" if (found["commit"] or "").endswith("-dirty") else ""
+    met = [target["met"] for target in found["targets"]]
+    bounds = f" **{met.count(True)} of {len(met)} bounds met.**" if met else ""
     lines = [
-        f"`bench/results/{path.name}`: {found['cpu']['model']}, {found['threads']} threads, torch "
-        f"{found['versions']['torch']}, PEFT {found['versions'].get('peft') or 'not installed'}, "
-        f"commit {commit}{dropped}, {found['date'][:10]}.",
+        f"<details><summary><code>bench/results/{path.name}</code>: {found['cpu']['model']} ({_level(found)}), "
+        f"{found['threads']} threads, torch {found['versions']['torch']}, "
+        f"PEFT {found['versions'].get('peft') or 'not installed'}, commit {commit}{dropped}, "
+        f"{found['date'][:10]}.{bounds}</summary>",
         "",
     ]
     if found["targets"]:
@@ -45,7 +48,12 @@ def _table(path):
             limit = "-" if result["limit"] is None else f"{result['limit']:.2f}"
             ours = f"{result['best']['ours'] * 1e3:.3f} ms"
             lines.append(f"| {result['name']} | {ours} | {' | '.join(ratios)} | {limit} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "</details>"])
+
+
+def _level(found):
+    """The instruction set that the CPU kernels ran on."""
+    return found["backends"]["cpu"]["detail"].rpartition(" ")[2]
 
 
 def _ratio(best, name):
