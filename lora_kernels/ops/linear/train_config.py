@@ -30,6 +30,11 @@ def block_rank(rank, widest=64):
     return width, -(-rank // width)
 
 
+def dx_block_rank(rank, mixed, several):
+    """:func:`block_rank`'s width in the GEMM that makes dX. Of several adapters, a second sum is in registers too."""
+    return block_rank(rank, 16 if mixed else 32 if several else 64)[0]
+
+
 def skinny(num_rows, strips_of, rank, num_slots, itemsize, mixed, masked, aligned, capability, num_sms):
     """The :class:`SkinnyConfig` of a skinny product. Pure.
 
@@ -46,7 +51,9 @@ def skinny(num_rows, strips_of, rank, num_slots, itemsize, mixed, masked, aligne
         block_m, block_n, warps, stages, widest = 16, 32, 4, 1, 64
     elif itemsize == 4 or mixed:
         block_m, block_n, warps, stages, widest = 32, 64, 4, 2, 16
-    elif masked or not aligned or capability not in LARGE_MEMORY:
+    elif not aligned:  # its reads can not be asynchronous: stages would fetch nothing ahead and cost registers
+        block_m, block_n, warps, stages, widest = 64, 128, 8, 1, 64
+    elif masked or capability not in LARGE_MEMORY:
         block_m, block_n, warps, stages, widest = 64, 128, 8, 2, 64
     else:
         block_m, block_n, warps, stages, widest = 64, 256, 8, 3, 64
@@ -78,6 +85,8 @@ def input_gradient(num_rows, itemsize, mixed, masked, aligned, several, capabili
         return Config("dx", 64, 64, 32, 4, 2)
     if not wgmma:
         return Config("dx", 128, 128, 32, 8, 3 if capability in LARGE_MEMORY else 2)
+    if mixed and several and capability >= (10, 0):  # 128 columns spill
+        return Config("dx", 128, 64, 64, 8, 3, tma=True)
     if num_rows <= 512 or mixed or masked or several:
         return Config("dx", 128, 128, 64, 8, 3, tma=True)
     return Config("dx", 128, 256, 64, 8, 3, tma=True)

@@ -117,7 +117,6 @@ def input_gradient(dx, dy, weight, g, lora_a, *, mask=None, row_slots=None, batc
         batch_invariant,
     )  # fmt: skip
     low_precision = host.precision(dy, lora_a)
-    widest = 16 if low_precision == "tf32x3" else 64
     tiles_n = -(-in_features // tiles.block_n)
     programs = min(-(-num_rows // tiles.block_m) * tiles_n, host.num_sms(dy))
     tma = tiles.tma and weight is not None and host.tma_ready(dy, weight)
@@ -132,6 +131,7 @@ def input_gradient(dx, dy, weight, g, lora_a, *, mask=None, row_slots=None, batc
         HAS_WEIGHT=weight is not None, HAS_MASK=mask is not None, MULTI=row_slots is not None,
         EVEN_K=out_features % tiles.block_k == 0, TMA=tma, PRECISION=host.precision(dy), LOW_PRECISION=low_precision,
         UPCAST=host.upcast(dy, lora_a), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-        BLOCK_R=train_config.block_rank(g.shape[1], widest)[0], GROUP_M=tiles.group_m, NUM_PROGRAMS=programs,
+        BLOCK_R=train_config.dx_block_rank(g.shape[1], low_precision == "tf32x3", row_slots is not None),
+        GROUP_M=tiles.group_m, NUM_PROGRAMS=programs,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
