@@ -99,6 +99,13 @@ def _merge(dtype):
     return Call(lambda: lk.ops.merge_(weight.copy_(case.weight), *terms), list(terms), ["merge_"])
 
 
+def _merge_is_finite(dtype):
+    case = _case(dtype)
+    terms = (case.lora_a, case.lora_b, case.scaling)
+    run = lambda: lk.ops.library.op("merge_is_finite")(case.weight, *terms, 1.0)  # noqa: E731
+    return Call(run, list(terms), ["merge_is_finite"])
+
+
 def _switch(dtype):
     old, new = _case(dtype), _case(dtype, seed=1)
     weight = torch.empty_like(old.weight)
@@ -118,5 +125,6 @@ CALLS = {
     "lora_shrink": _shrink,
     "lora_expand_": _expand,
     "merge_": _merge,
+    "merge_is_finite": _merge_is_finite,
     "switch_": _switch,
 }

@@ -32,6 +32,32 @@ def test_within_budget_at_real_sizes(op, dtypes, needs):
             assert_within_budget(ours, eager, exact, f"{op} {shape}, result {index}")
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (65, 129), (1000, 2048)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_merge_is_finite_sees_every_place_and_writes_nothing(dtype, shape, needs):
+    needs("merge_is_finite")
+    check = lk.ops.library.op("merge_is_finite")
+    outputs, features = shape
+    case = make_linear(1, features, outputs, 19, dtype, device="cuda")
+    before = case.weight.clone()
+    assert check(*_merge_terms(case), 1.0)
+    assert check(*_merge_terms(case), -1.0)
+    assert not check(*_merge_terms(case)[:3], torch.tensor(3e38, device="cuda"), 1.0)
+    assert torch.equal(case.weight, before)
+    for tensor in (case.weight, case.lora_a, case.lora_b):
+        for place in {(0, 0), (tensor.shape[0] - 1, tensor.shape[1] - 1)}:
+            kept = tensor[place].clone()
+            for value in (float("inf"), -float("inf"), float("nan")):
+                tensor[place] = value
+                assert not check(*_merge_terms(case), 1.0), (place, value)
+            tensor[place] = kept
+    assert check(*_merge_terms(case), 1.0)
+
+
+def _merge_terms(case):
+    return case.weight, case.lora_a, case.lora_b, case.scaling
+
+
 @pytest.mark.parametrize("op", CALLS)
 def test_cuda_graph_replays_with_changed_adapters(op, needs):
     call = CALLS[op](torch.bfloat16)

@@ -1,0 +1,79 @@
+"""The CUDA sources compiled for every architecture that is built: no spills, no local memory, full-width accesses."""
+
+import json
+import sys
+
+import pytest
+from build_helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "bench"))
+import static_cuda
+
+compiled = pytest.mark.skipif(static_cuda.unavailable() is not None, reason=f"{static_cuda.unavailable()}")
+WRITTEN = ROOT / "bench" / "results" / "static" / "cuda.json"
+
+
+@pytest.fixture(scope="module")
+def records():
+    return static_cuda.measure_all()
+
+
+@compiled
+def test_every_kernel_compiles_cleanly(records):
+    bad = [f"{r['kernel']} of {r['source']} on sm_{r['arch']}: {r['problems']}" for r in records if r["problems"]]
+    assert not bad, "\n".join(bad)
+
+
+@compiled
+def test_every_source_was_compiled_for_every_architecture(records):
+    measured = {(record["source"], record["arch"]) for record in records}
+    assert measured == {(path.name, arch) for path in static_cuda.sources() for arch in static_cuda.ARCHS}
+
+
+@compiled
+def test_the_merge_reads_and_writes_its_four_strips_sixteen_bytes_at_a_time(records):
+    for record in (r for r in records if r["kernel"].startswith("merge_kernel<")):
+        width, checks = record["kernel"].removeprefix("merge_kernel<").rstrip(">").split(", ")
+        strips = 8 if width == "float" else 4
+        assert record["counts"]["global_load_16"] >= strips, record
+        assert record["counts"]["global_store_16"] == (0 if checks == "true" else strips), record
+
+
+def test_the_written_table_names_the_kernels_of_today():
+    written = json.loads(WRITTEN.read_text())["records"]
+    assert {record["source"] for record in written} == {path.name for path in static_cuda.sources()}
+    assert not [record for record in written if record["problems"]]
+
+
+@compiled
+def test_a_kernel_that_spills_is_found(tmp_path):
+    source = tmp_path / "spills.cu"
+    source.write_text(
+        'extern "C" __global__ void spills(float* p, const int* at) {\n'
+        "  float v[64];\n"
+        "  for (int i = 0; i < 64; ++i) v[i] = p[i * 32];\n"
+        "  for (int i = 0; i < 64; ++i) v[at[i] & 63] += p[i];\n"
+        "  p[threadIdx.x] = v[at[threadIdx.x] & 63];\n"
+        "}\n"
+    )
+    (record,) = static_cuda.measure(source, "80")
+    assert record["kernel"] == "spills" and record["stack"] >= 256
+    assert record["counts"]["local"] > 0
+    assert len(record["problems"]) == 2
+
+
+@compiled
+def test_a_source_that_does_not_compile_is_an_error(tmp_path):
+    source = tmp_path / "broken.cu"
+    source.write_text("__global__ void broken() { nothing(); }\n")
+    with pytest.raises(RuntimeError, match="nothing"):
+        static_cuda.measure(source, "80")
+
+
+def test_the_architectures_are_those_of_the_build():
+    assert f"foreach(arch {' '.join(static_cuda.ARCHS)})" in (ROOT / "cmake" / "cuda.cmake").read_text()
+
+
+def test_it_says_why_it_cannot_compile(monkeypatch):
+    monkeypatch.setattr(static_cuda.toolchain, "find_nvcc", lambda: None)
+    assert static_cuda.unavailable() == "no nvcc"
