@@ -58,8 +58,9 @@ demo: $(READY)  ## fine-tune, serve, switch and merge adapters on a real encoder
 bench: $(READY)  ## time the ops against base-only, addmm_ and PEFT (BENCH_ARGS="--json out.json")
 	$(PY) -m lora_kernels bench $(BENCH_ARGS)
 
-static: $(READY)  ## compile every Triton kernel ahead of time, no GPU; writes bench/results/static
+static: $(READY)  ## compile every Triton and CUDA kernel ahead of time, no GPU; writes bench/results/static
 	$(PY) -m lora_kernels.testing.static_gate --write bench/results/static
+	$(PY) bench/static_cuda.py --write bench/results/static
 
 static-oldest: $(READY)  ## the same under the oldest Triton that is supported; writes nothing
 	$(call say,Compiling the Triton kernels under $(OLDEST_TRITON))

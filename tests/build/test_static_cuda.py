@@ -57,7 +57,8 @@ def test_a_kernel_that_spills_is_found(tmp_path):
         "}\n"
     )
     (record,) = static_cuda.measure(source, "80")
-    assert record["kernel"] == "spills" and record["stack"] >= 256
+    assert record["kernel"] == "spills"
+    assert record["stack"] >= 256
     assert record["counts"]["local"] > 0
     assert len(record["problems"]) == 2
 
