@@ -42,23 +42,29 @@ class LoraLayer(MergedWeight, nn.Module):
         super().__init__()
         if not self.accepts(base_layer):
             raise TypeError(f"base_layer: {type(self).__name__} does not take a {type(base_layer).__name__}")
-        self.base_layer = base_layer
-        self.lora_dropout = nn.ModuleDict()
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.lora_embedding_A = nn.ParameterDict()
-        self.lora_embedding_B = nn.ParameterDict()
-        self.lora_magnitude_vector = nn.ModuleDict()
-        self.r, self.lora_alpha, self.use_rslora, self.use_dora, self.lora_bias = {}, {}, {}, {}, {}
-        self.scaling = Scaling(self._buffers)
-        self._merged = {}  # adapter -> the scaling it was merged with
-        self._residuals = {}  # adapter -> what undoes its exact merge
-        self._merged_factors = {}  # DoRA adapter -> the factors of the rows it was merged with
-        self._active_adapter = []
-        self._disable_adapters = False
-        self._rows = Rows()  # shared by all layers of a model
+        # Straight into the dicts: nn.Module's way to set an attribute is most of what wrapping a layer costs.
+        own = {
+            "lora_dropout": nn.ModuleDict(),
+            "lora_A": nn.ModuleDict(),
+            "lora_B": nn.ModuleDict(),
+            "lora_embedding_A": nn.ParameterDict(),
+            "lora_embedding_B": nn.ParameterDict(),
+            "lora_magnitude_vector": nn.ModuleDict(),
+        }
+        self._modules.update(base_layer=base_layer, **own)
+        self.__dict__.update(
+            r={}, lora_alpha={}, use_rslora={}, use_dora={}, lora_bias={},
+            scaling=Scaling(self._buffers),
+            _merged={},  # adapter -> the scaling it was merged with
+            _residuals={},  # adapter -> what undoes its exact merge
+            _merged_factors={},  # DoRA adapter -> the factors of the rows it was merged with
+            _active_adapter=[],
+            _disable_adapters=False,
+            _rows=Rows(),  # shared by all layers of a model
+        )  # fmt: skip
+        for module in (self, *own.values()):
+            module.__dict__["training"] = base_layer.training
         self._reroute()
-        self.train(base_layer.training)
 
     @classmethod
     def accepts(cls, module):
