@@ -207,16 +207,19 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         self._known(names)
-        for part in self._parts():
+        parts, merged = self._parts(), False
+        for part in parts:
             if isinstance(part, ModulesToSaveWrapper):
                 part.check_set_adapter(names)
-        if any(layer.merged for layer in self.layers()):
+            else:
+                merged = merged or part.merged
+        if merged:
             warnings.warn("set_adapter: the model is merged; it is unmerged first", stacklevel=3)
             self.unmerge_adapter()
-        self._activate(names, inference_mode)
+        self._activate(names, inference_mode, parts)
 
-    def _activate(self, names, inference_mode=False):
-        for part in self._parts():
+    def _activate(self, names, inference_mode=False, parts=None):
+        for part in self._parts() if parts is None else parts:
             part.set_adapter(names, inference_mode)
         self._active = list(names)
 

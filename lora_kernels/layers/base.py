@@ -237,13 +237,13 @@ class LoraLayer(MergedWeight, nn.Module):
             warnings.warn("set_adapter: the layer is merged; it is unmerged first", stacklevel=2)
             self.unmerge()
         trained = () if inference_mode else names
+        modules = self.__dict__["_modules"]
         for kind in self.adapter_layer_names:
-            entries = self._modules[kind]
-            owned = [(name, module._parameters.values()) for name, module in entries._modules.items()]
-            for name, factors in (*owned, *((name, (factor,)) for name, factor in entries._parameters.items())):
-                for factor in factors:
-                    if factor is not None and factor.requires_grad is not (name in trained):
-                        factor.requires_grad_(name in trained)
+            entries = modules[kind].__dict__
+            for name, module in entries["_modules"].items():
+                _train(module.__dict__["_parameters"].values(), name in trained)
+            for name, factor in entries["_parameters"].items():
+                _train((factor,), name in trained)
         self.__dict__["_active_adapter"] = names
         self._reroute()
 
@@ -398,6 +398,12 @@ class LoraLayer(MergedWeight, nn.Module):
     def __setstate__(self, state):
         super().__setstate__(state)
         self.scaling.buffers = self._buffers
+
+
+def _train(factors, wanted):
+    for factor in factors:
+        if factor is not None and factor.requires_grad is not wanted:
+            factor.requires_grad_(wanted)
 
 
 def factor_keys(name, a_shape, b_shape, magnitude_shape, use_dora, lora_bias):
