@@ -46,7 +46,10 @@ _VARIANTS = {
     "use_qalora": "QALoRA", "velora_config": "VeLoRA",
 }  # fmt: skip
 _INIT_VARIANTS = {"corda": "CorDA", "eva": "EVA", "loftq": "LoftQ", "lora_ga": "LoRA-GA", "mica": "MiCA"}
-_ELSEWHERE = "not implemented in lora_kernels; `peft` creates such a model, and `lora_kernels.accelerate` speeds it up"
+_ELSEWHERE = (
+    "not implemented in lora_kernels; `peft` creates such a model, and `lora_kernels.accelerate` runs what of it is "
+    "plain LoRA on our kernels"
+)
 # Without effect unless a field above or ``init_lora_weights="loftq"`` is set: kept, with a warning.
 _INERT = ("loftq_config", "megatron_core", "qalora_group_size")
 
