@@ -3,8 +3,7 @@
     python bench/static_cuda.py [--write bench/results/static]
 
 Registers, shared memory, stack and spills are what ptxas reports; instructions are counted in the disassembly of the
-cubin, by nvdisasm from the Triton wheel. Fails on spills, a stack or local memory. One source and architecture after
-the other: a compile is a few seconds.
+cubin, by nvdisasm from the Triton wheel. Fails on spills, a stack or local memory. Two compiles at a time.
 """
 
 import argparse
@@ -14,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,7 +97,7 @@ def _record(source, arch, entry, name, sass):
     shared = re.search(r"(\d+) bytes smem", entry["rest"])
     record = {
         "source": source.name,
-        "kernel": re.sub(r"^void |\(anonymous namespace\)::|\(.*$", "", name.replace("(bool)", "")),
+        "kernel": _plain(name),
         "arch": arch,
         "registers": int(entry["registers"]),
         "shared": int(shared.group(1)) if shared else 0,
@@ -106,6 +106,12 @@ def _record(source, arch, entry, name, sass):
         "counts": count(section(sass, entry["symbol"])),
     }
     return record | {"problems": problems(record)}
+
+
+def _plain(name):
+    """A kernel's name and template arguments, without namespaces, casts and parameters."""
+    name = re.sub(r"\((?:bool|int)\)|lora_kernels::", "", name)
+    return re.sub(r"^void |\(anonymous namespace\)::|\(.*$", "", name)
 
 
 def section(sass, symbol):
@@ -130,7 +136,9 @@ def problems(record):
 
 def measure_all():
     """The records of every source on every architecture."""
-    return [record for source in sources() for arch in ARCHS for record in measure(source, arch)]
+    jobs = [(source, arch) for source in sources() for arch in ARCHS]
+    with ThreadPoolExecutor(2) as pool:
+        return [record for records in pool.map(lambda job: measure(*job), jobs) for record in records]
 
 
 def table(records, nvcc):

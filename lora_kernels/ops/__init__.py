@@ -8,7 +8,7 @@ In each, ``api.py`` is public, ``reference.py`` states the maths.
 from .exact.api import merge_exact_, switch_exact_, unmerge_exact_
 from .exact.residual import MergeResidual
 from .linear.api import lora_add_, lora_linear
-from .merge.api import merge_, switch_, unmerge_
+from .merge.api import merge_, merge_list_, switch_, unmerge_, unmerge_list_
 from .multi.api import lora_expand_, lora_shrink, multi_lora_linear
 from .multi.plan import BatchPlan, plan_batch
 
@@ -21,10 +21,12 @@ __all__ = [
     "lora_shrink",
     "merge_",
     "merge_exact_",
+    "merge_list_",
     "multi_lora_linear",
     "plan_batch",
     "switch_",
     "switch_exact_",
     "unmerge_",
     "unmerge_exact_",
+    "unmerge_list_",
 ]

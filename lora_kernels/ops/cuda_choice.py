@@ -8,7 +8,7 @@ namespace of its own. What no GPU has run is never picked unless it is asked for
 import torch
 
 from .. import _native
-from . import library, triton_backend
+from . import cuda_backend, library, triton_backend
 
 # Ops that ran on hardware and passed tests/gpu there, by backend. Nothing has yet.
 PROVEN = {"cuda": frozenset(), "triton": frozenset()}
@@ -45,7 +45,21 @@ def refusal(backend, name, args):
         reason = _native.cuda_reason
     if reason is None and not library.has_cuda_kernel(name):
         reason = "has no kernel for this op"
-    return reason
+    return reason or cuda_backend.refusal(name, args)
+
+
+def refuse(backend, name, args):
+    """Raises where a backend that was set by name can not run this call."""
+    reason = refusal(backend, name, args)
+    if reason is not None:
+        raise RuntimeError(f"{name}: backend {backend!r} can not run this call: {reason}")
+
+
+def takes_lists(weight, forced):
+    """Whether merging many weights in one call is better than one by one for weights on this device."""
+    if not weight.is_cuda or (forced is None and "merge_list_" not in PROVEN["cuda"]):
+        return False
+    return forced in (None, "cuda") and refusal("cuda", "merge_list_", ([weight],)) is None
 
 
 def run(backend, name, args):
@@ -74,9 +88,7 @@ def _chooser(name, kernel, forced):
     def chosen(*args):
         backend = forced()
         if backend in PREFERENCE:
-            reason = refusal(backend, name, args)
-            if reason is not None:
-                raise RuntimeError(f"{name}: backend {backend!r} can not run this call: {reason}")
+            refuse(backend, name, args)
             why = ""
         else:
             # What is not proven is not chosen: do not load it to ask what it would refuse.

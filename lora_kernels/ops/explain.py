@@ -2,7 +2,7 @@
 
 import torch
 
-from . import cuda_choice, dispatch, library, triton_backend
+from . import cuda_backend, cuda_choice, dispatch, library, triton_backend
 
 _CPU_PATHS = {
     "stream": "own kernel: the weight is read once and the update joins in registers",
@@ -33,7 +33,8 @@ def _gpu_kernels(backend):
         names = set(triton_backend.kernels())
         where = ["    in Triton's interpreter, on CPU tensors"] if triton_backend.interpreted() else []
     else:
-        names, where = {name for name in library.SCHEMAS if library.has_cuda_kernel(name)}, []
+        names = {name for name in library.SCHEMAS if library.has_cuda_kernel(name)}
+        where = [f"    {ops}: {limit}" for ops, limit in cuda_backend.LIMITS.items()]
     unproven = ", ".join(sorted(names - cuda_choice.PROVEN[backend]))
     return where + ([f"    {unproven}: {cuda_choice.UNPROVEN}"] if unproven else [])
 

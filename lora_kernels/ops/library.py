@@ -58,6 +58,7 @@ SCHEMAS = {
         f"{_PLAN}, int[]? out_splits, bool batch_invariant) -> ()"
     ),
     "merge_": "(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, Tensor scaling, float sign) -> ()",
+    "merge_list_": ("(Tensor(a!)[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[] scalings, float sign) -> ()"),
     "merge_is_finite": "(Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scaling, float sign) -> Tensor",
     "switch_": (
         "(Tensor(a!) weight, Tensor old_a, Tensor old_b, Tensor old_scaling, "
@@ -233,6 +234,11 @@ def _(y, h, b_bank, slot_scalings, slot_ranks, row_order, segment_starts, out_sp
 
 @_fake("merge_")
 def _(weight, lora_a, lora_b, scaling, sign):
+    return None
+
+
+@_fake("merge_list_")
+def _(weights, lora_a, lora_b, scalings, sign):
     return None
 
 

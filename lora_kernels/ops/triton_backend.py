@@ -82,7 +82,7 @@ def _refused():
 
 def refusal(name, args):
     """Why the Triton backend can not run this call, or, without arguments, the op at all; None when it can."""
-    if args and args[0].is_cuda:
+    if args and getattr(args[0], "is_cuda", False):
         reason = _package_problem() or device_problem(args[0].device.index)
     else:
         reason = problem()

@@ -47,6 +47,7 @@ def _samples():
             (torch.randn(6, 16), shrunk, multi.b_bank, multi.slot_scalings, plan.slot_ranks, *rows, None, False)
         ],
         "merge_": [(weight.clone(), a, b, s, -1.0)],
+        "merge_list_": [([weight.clone(), weight.clone()], [a, a], [b, b], [s, s], 1.0)],
         "merge_is_finite": [(weight, a, b, s, 1.0)],
         "switch_": [(weight.clone(), a, b, s, a, b, s)],
         "merge_exact_": [(weight.clone(), a, b, s)],

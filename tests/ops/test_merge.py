@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_kernels.ops import lora_linear, merge_, switch_, unmerge_
+from lora_kernels.ops import lora_linear, merge_, merge_list_, switch_, unmerge_, unmerge_list_
 from lora_kernels.testing import assert_within_budget, exact_merge, make_linear
 
 DTYPES = [
@@ -47,6 +47,34 @@ def test_switch(backend, dtype, adapter_dtype, shape):
     exact = exact_merge(old.weight, (*terms[0][:2], -terms[0][2]), terms[1])
     eager = eager_merge(eager_merge(old.weight, *terms[0][:2], -terms[0][2]), *terms[1])
     assert_within_budget(weight, eager, exact)
+
+
+def test_a_list_gives_the_bits_of_one_after_the_other(backend):
+    cases = [
+        make_linear(1, 40 + i, 24, 6, dtype, seed=i) for i, dtype in enumerate([torch.bfloat16, torch.float32] * 3)
+    ]
+    adapters = [(case.lora_a, case.lora_b, 0.5 + i) for i, case in enumerate(cases)]
+    for many, one in ((merge_list_, merge_), (unmerge_list_, unmerge_)):
+        together = [case.weight.clone() for case in cases]
+        many(together, adapters)
+        for case, adapter, weight in zip(cases, adapters, together, strict=True):
+            assert torch.equal(one(case.weight.clone(), *adapter), weight)
+            assert weight._version > 0
+    merge_list_([], [])
+
+
+def test_a_list_with_one_bad_adapter_changes_nothing(backend):
+    cases = [make_linear(1, 40, 24, 6, seed=i) for i in range(2)]
+    before = [case.weight.clone() for case in cases]
+    good, bad = ((case.lora_a, case.lora_b, 0.5) for case in cases)
+    for adapters, error in (
+        ([good, (bad[0][:, 1:], *bad[1:])], ValueError),
+        ([good], ValueError),
+        ([good, 3], TypeError),
+    ):
+        with pytest.raises(error, match="adapters"):
+            merge_list_([case.weight for case in cases], adapters)
+    assert all(torch.equal(case.weight, was) for case, was in zip(cases, before, strict=True))
 
 
 def test_views(backend):

@@ -13,32 +13,40 @@ struct CudaTerm {
   const void* a;
   const void* b;
   const float* scaling;
-  int64_t r;
   int64_t a_row, a_col;
   int64_t b_row, b_col;
+  int32_t r;
   DType a_type, b_type;
   float sign;
 };
 
-constexpr int kMaxCudaTerms = 2;
-
-// weight (n, k), its columns adjacent, and the updates of it.
-struct CudaMergeArgs {
+// weight (n, k), its columns adjacent, and the updates of it: one (merge), or two (switch).
+template <int kTerms>
+struct CudaMerge {
   void* weight;
   int64_t n, k;
   int64_t weight_row;
-  DType weight_type;
-  int num_terms;
-  CudaTerm terms[kMaxCudaTerms];
+  CudaTerm terms[kTerms];
 };
+
+// Weights of one launch: what fits into the 4 KiB of kernel arguments of every driver.
+constexpr int kMergeListSize = 35;
 
 }  // namespace lora_kernels
 
-// Both give null when the launch went through, else CUDA's words for what is wrong.
+// All give null when the launch went through, else CUDA's words for what is wrong. Pointers and
+// sizes, not values, are what a CUDA graph captures.
 extern "C" {
-// weight += every term, in place.
-const char* lk_cuda_merge(const lora_kernels::CudaMergeArgs* args, int device, void* stream);
-// *finite, in device memory, becomes whether that would leave only finite elements. Writes no more.
-const char* lk_cuda_merge_is_finite(const lora_kernels::CudaMergeArgs* args, bool* finite,
-                                    int device, void* stream);
+// Weights of one dtype, each += its update, in place: a launch for every kMergeListSize of them. No
+// two may overlap.
+const char* lk_cuda_merge(const lora_kernels::CudaMerge<1>* list, int64_t count,
+                          lora_kernels::DType weight_type, int device, void* stream);
+// weight += both updates, rounded once.
+const char* lk_cuda_switch(const lora_kernels::CudaMerge<2>* merge, lora_kernels::DType weight_type,
+                           int device, void* stream);
+// *finite, in device memory, becomes whether lk_cuda_merge would leave only finite elements. Writes
+// no more.
+const char* lk_cuda_merge_is_finite(const lora_kernels::CudaMerge<1>* list, int64_t count,
+                                    lora_kernels::DType weight_type, bool* finite, int device,
+                                    void* stream);
 }

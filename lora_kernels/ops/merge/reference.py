@@ -26,6 +26,11 @@ def merge_(weight, lora_a, lora_b, scaling, sign):
             weight[rows] = _merged(weight, [(lora_a, lora_b, sign * scaling)], rows).to(weight.dtype)
 
 
+def merge_list_(weights, lora_a, lora_b, scalings, sign):
+    for terms in zip(weights, lora_a, lora_b, scalings, strict=True):
+        merge_(*terms, sign)
+
+
 def merge_is_finite(weight, lora_a, lora_b, scaling, sign):
     with torch.no_grad():
         finite = torch.ones((), dtype=torch.bool, device=weight.device)
@@ -42,4 +47,4 @@ def switch_(weight, old_a, old_b, old_scaling, new_a, new_b, new_scaling):
             weight[rows] = _merged(weight, terms, rows).to(weight.dtype)
 
 
-KERNELS = {"merge_": merge_, "merge_is_finite": merge_is_finite, "switch_": switch_}
+KERNELS = {"merge_": merge_, "merge_list_": merge_list_, "merge_is_finite": merge_is_finite, "switch_": switch_}

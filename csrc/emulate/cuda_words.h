@@ -1,0 +1,73 @@
+// The words of CUDA C++ that the kernels use, for a host compiler: see simt.h.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "simt.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define threadIdx (lora_kernels_emulate::self().thread)
+#define blockIdx (lora_kernels_emulate::block->index)
+#define gridDim (lora_kernels_emulate::block->grid)
+#define blockDim (lora_kernels_emulate::block->size)
+#define __syncthreads() lora_kernels_emulate::sync_threads()
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+using dim3 = lora_kernels_emulate::Dim3;
+
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline void __stwb(uint4* p, uint4 v) { *p = v; }
+// The compiler is told to contract nothing.
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+
+inline unsigned __shfl_sync(unsigned, unsigned value, int lane) {
+  return *lora_kernels_emulate::collective(&value, 1, [lane](lora_kernels_emulate::Warp& w) {
+    for (int i = 0; i < 32; ++i) w.out[i][0] = w.in[lane][0];
+  });
+}
+inline unsigned __shfl_up_sync(unsigned, unsigned value, unsigned by) {
+  return *lora_kernels_emulate::collective(&value, 1, [by](lora_kernels_emulate::Warp& w) {
+    for (unsigned i = 0; i < 32; ++i) w.out[i][0] = w.in[i < by ? i : i - by][0];
+  });
+}
+inline void atomicOr(unsigned* p, unsigned bits) { *p |= bits; }
+inline unsigned long long atomicMin(unsigned long long* p, unsigned long long v) {
+  const unsigned long long was = *p;
+  if (v < was) *p = v;
+  return was;
+}
+
+// The runtime: one device, whose memory is the host's.
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorLaunchFailure = 719;
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t size, cudaStream_t) {
+  std::memset(p, value, size);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() {
+  return lora_kernels_emulate::fault.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
+inline const char* cudaGetErrorString(cudaError_t) { return lora_kernels_emulate::fault.c_str(); }
