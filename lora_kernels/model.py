@@ -135,7 +135,7 @@ class PeftModel(nn.Module):
     @property
     def has_active_enabled_adapter(self):
         """Whether some adapter takes part in the forward pass."""
-        return bool(self.active_adapters) and not all(part.disable_adapters for part in self.base_model._parts())
+        return bool(self.active_adapters) and any(not part.disable_adapters for part in self.base_model._each_part())
 
     @property
     def base_model_torch_dtype(self):

@@ -67,19 +67,21 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
 
     def _parts(self):
         """The LoRA layers and the modules saved in full, in the order of the model; below both only LoRA layers."""
-        found, seen, stack = [], set(), [self.model]
+        return list(self._each_part())
+
+    def _each_part(self):
+        seen, stack = set(), [self.model]
         while stack:
             module = stack.pop()
             if module is None or module in seen:
                 continue
             seen.add(module)
             if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
-                found.append(module)
+                yield module
                 if isinstance(module, LoraLayer) and len(module.base_layer._modules):
                     stack.append(module.base_layer)
             else:
                 stack.extend(reversed(module._modules.values()))
-        return found
 
     # Adding and removing
 

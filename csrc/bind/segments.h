@@ -123,8 +123,9 @@ inline int64_t read_a_bank(Batch& batch, TensorArg& bank, int64_t S, int64_t K, 
   STD_TORCH_CHECK(
       d == 3 ? S == 1 : d == 4 && bank.size(1) == S,
       "a_bank: expected (num_slots, max_rank, in_features), with slices after num_slots");
-  STD_TORCH_CHECK(bank.size(0) >= batch.num_slots && bank.size(d - 1) == K,
-                  "a_bank: expected num_slots slots of in_features columns");
+  STD_TORCH_CHECK(bank.size(0) >= batch.num_slots && bank.size(d - 1) == K &&
+                      (bank.size(d - 2) >= 1 || bank.size(0) == 0),
+                  "a_bank: expected num_slots slots of in_features columns and rank >= 1");
   const DType type = dtype_of(bank, "a_bank");
   check_adapter_dtype(type, dtype, "a_bank");
   make_contiguous(bank);
@@ -154,17 +155,15 @@ inline void read_b_bank(Batch& batch, TensorArg& bank, int64_t N, int64_t R, DTy
   }
 }
 
-// One (R_i, K) or (S, R_i, K) and one (N, R_i) a slot. Returns the largest rank.
+// One (R_i, K) or (S, R_i, K) and one (N, R_i) a slot, each checked, also where it has no rows.
+// Returns the largest rank of those that have.
 inline int64_t read_adapters(Batch& batch, std::vector<TensorArg>& a, std::vector<TensorArg>& b,
                              int64_t S, int64_t N, int64_t K, DType dtype) {
   const size_t slots = static_cast<size_t>(batch.num_slots);
-  STD_TORCH_CHECK(a.size() >= slots && b.size() >= slots,
+  STD_TORCH_CHECK(a.size() == slots && b.size() == slots,
                   "lora_a, lora_b: expected one a slot of the plan");
-  int64_t most = 0;
-  bool mixed = false;
-  for (Segment& segment : batch.segments) {
-    TensorArg &ai = a[static_cast<size_t>(segment.slot)],
-              &bi = b[static_cast<size_t>(segment.slot)];
+  for (size_t slot = 0; slot < slots; slot++) {
+    TensorArg &ai = a[slot], &bi = b[slot];
     ai.read();
     bi.read();
     const int64_t d = ai.dim();
@@ -172,13 +171,21 @@ inline int64_t read_adapters(Batch& batch, std::vector<TensorArg>& a, std::vecto
                     "lora_a: expected (rank, "
                     "in_features), with slices first");
     const int64_t R = ai.size(d - 2);
-    STD_TORCH_CHECK(ai.size(d - 1) == K, "lora_a: expected in_features columns");
+    STD_TORCH_CHECK(R >= 1 && ai.size(d - 1) == K,
+                    "lora_a: expected in_features columns and rank >= 1");
     STD_TORCH_CHECK(bi.dim() == 2 && bi.size(0) == N && bi.size(1) == R,
                     "lora_b: expected (out_features, rank)");
+    check_adapter_dtype(dtype_of(ai, "lora_a"), dtype, "lora_a");
+    check_adapter_dtype(dtype_of(bi, "lora_b"), dtype, "lora_b");
+  }
+  int64_t most = 0;
+  bool mixed = false;
+  for (Segment& segment : batch.segments) {
+    TensorArg &ai = a[static_cast<size_t>(segment.slot)],
+              &bi = b[static_cast<size_t>(segment.slot)];
+    const int64_t R = bi.size(1);
     segment.a_dtype = dtype_of(ai, "lora_a");
     segment.b_dtype = dtype_of(bi, "lora_b");
-    check_adapter_dtype(segment.a_dtype, dtype, "lora_a");
-    check_adapter_dtype(segment.b_dtype, dtype, "lora_b");
     make_contiguous(ai);
     make_contiguous(bi);
     segment.a = ai.data();

@@ -5,6 +5,7 @@ factors look as matrices ``W (rows, columns) += lora_b lora_a`` (``_matrices``, 
 and attribute names are PEFT's.
 """
 
+import functools
 import math
 import warnings
 
@@ -17,6 +18,9 @@ from . import dora
 from .merged import MergedWeight
 from .mixed import Batch, Rows, by_group, run_lora
 from .scaling import Scaling, scaling_buffer
+
+_MODULE_KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")
+_PARAMETER_KINDS = ("lora_embedding_A", "lora_embedding_B")
 
 
 class LoraLayer(MergedWeight, nn.Module):
@@ -236,15 +240,22 @@ class LoraLayer(MergedWeight, nn.Module):
         if self._merged:
             warnings.warn("set_adapter: the layer is merged; it is unmerged first", stacklevel=2)
             self.unmerge()
-        trained = () if inference_mode else names
-        modules = self.__dict__["_modules"]
-        for kind in self.adapter_layer_names:
-            entries = modules[kind].__dict__
-            for name, module in entries["_modules"].items():
-                _train(module.__dict__["_parameters"].values(), name in trained)
-            for name, factor in entries["_parameters"].items():
-                _train((factor,), name in trained)
-        self.__dict__["_active_adapter"] = names
+        self._choose(names, () if inference_mode else names)
+
+    def _choose(self, names, trained):
+        """Makes ``names`` active and ``trained`` trainable. Nothing is merged; ``names`` may be shared by layers."""
+        state = self.__dict__  # nn.Module's ways to read and set attributes would be most of the cost
+        modules = state["_modules"]
+        for kind in _MODULE_KINDS:
+            for name, module in modules[kind].__dict__["_modules"].items():
+                wanted = name in trained
+                for factor in module.__dict__["_parameters"].values():
+                    if factor is not None:
+                        factor.requires_grad = wanted
+        for kind in _PARAMETER_KINDS:
+            for name, factor in modules[kind].__dict__["_parameters"].items():
+                factor.requires_grad = name in trained
+        state["_active_adapter"] = names
         self._reroute()
 
     def set_requires_grad(self, adapter_names, requires_grad=True):
@@ -375,14 +386,19 @@ class LoraLayer(MergedWeight, nn.Module):
     def _reroute(self):
         """Decides once what ``forward`` does, after any change of what is active, merged or disabled."""
         state = self.__dict__  # nn.Module's own way to set an attribute costs more than all the rest
-        merged = state["_merged"]
-        active = [] if state["_disable_adapters"] else [n for n in state["_active_adapter"] if n in state["r"]]
+        merged, names = state["_merged"], state["_active_adapter"]
+        if len(names) == 1 and names[0] in state["r"] and not merged and not state["_disable_adapters"]:
+            special = state["use_dora"][names[0]] or state["lora_bias"][names[0]]
+            state["_terms"], single = _alone(names[0])
+            state["_single"] = None if special else single
+            return
+        active = [] if state["_disable_adapters"] else [n for n in names if n in state["r"]]
         added = [(name, 1.0) for name in active if name not in merged]
         removed = [(name, -1.0) for name in reversed(merged)] if merged and state["_disable_adapters"] else []
         state["_terms"] = (*added, *removed)
         one = len(added) == 1 and not merged
         one = one and not (state["use_dora"][added[0][0]] or state["lora_bias"][added[0][0]])
-        state["_single"] = (added[0][0], scaling_buffer(added[0][0])) if one else None
+        state["_single"] = _alone(added[0][0])[1] if one else None
 
     def __setattr__(self, name, value):
         if name == "scaling" and not isinstance(value, Scaling):
@@ -400,10 +416,10 @@ class LoraLayer(MergedWeight, nn.Module):
         self.scaling.buffers = self._buffers
 
 
-def _train(factors, wanted):
-    for factor in factors:
-        if factor is not None and factor.requires_grad is not wanted:
-            factor.requires_grad_(wanted)
+@functools.lru_cache(maxsize=1024)
+def _alone(name):
+    """What ``forward`` reads where one plain adapter is active: ``_terms`` and ``_single``."""
+    return ((name, 1.0),), (name, scaling_buffer(name))
 
 
 def factor_keys(name, a_shape, b_shape, magnitude_shape, use_dora, lora_bias):

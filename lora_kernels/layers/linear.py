@@ -159,14 +159,21 @@ class LoraLinear(LoraLayer):
         plain = base.__class__ is _Linear and weight.__class__ is _Parameter and not args and not kwargs
         if not plain or not _unhooked(base):
             return by_group(self, batch, x, *args, **kwargs)
-        all_a, all_b = modules["lora_A"]._modules, modules["lora_B"]._modules
-        lora_a = [all_a[name]._parameters.get("weight") for name in present]
-        lora_b = [all_b[name]._parameters.get("weight") for name in present]
-        dtypes = {getattr(factor, "dtype", None) for factor in (*lora_a, *lora_b)}
-        special = any(self.lora_bias[name] or self.use_dora[name] for name in present)
-        if len(dtypes) > 1 or special or not dtypes <= {weight.dtype, torch.float32}:
+        all_a, all_b, dtype = modules["lora_A"]._modules, modules["lora_B"]._modules, None
+        lora_a, lora_b, values = [], [], []
+        for name in present:
+            a, b = all_a[name]._parameters.get("weight"), all_b[name]._parameters.get("weight")
+            if a is None or b is None or self.lora_bias[name] or self.use_dora[name]:
+                return by_group(self, batch, x)
+            dtype = a.dtype if dtype is None else dtype
+            if a.dtype is not dtype or b.dtype is not dtype:
+                return by_group(self, batch, x)
+            lora_a.append(a)
+            lora_b.append(b)
+            values.append(self.scaling[name])
+        if dtype is not weight.dtype and dtype is not torch.float32:
             return by_group(self, batch, x)
-        scalings = batch.scalings(tuple([self.scaling[name] for name in present]), weight.device)
+        scalings = batch.scalings(tuple(values), weight.device)
         return ops.multi_lora_linear(
             x, weight, base._parameters["bias"], lora_a, lora_b, scalings, batch.plan(x, present)
         )

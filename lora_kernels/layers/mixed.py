@@ -95,13 +95,13 @@ def run_lora(layer, batch, x, *args, **kwargs):
     """The forward of a LoRA layer for a mixed batch. ValueError: DoRA, merged adapters, a wrong number of names."""
     if layer._disable_adapters:
         return layer.base_layer(x, *args, **kwargs)
-    names = batch.of(x)
-    if layer.merged:
+    batch.of(x)
+    if layer._merged:
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
-    dora = getattr(layer, "use_dora", {})
-    if dora and any(dora.get(name) for name in names):
+    dora = layer.use_dora
+    if any(dora.get(name) for name in batch.order):
         raise ValueError("Cannot pass `adapter_names` when DoRA is enabled.")
     return layer._forward_rows(batch, x, *args, **kwargs)
 

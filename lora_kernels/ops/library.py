@@ -121,7 +121,8 @@ def _fake(name):
     def register(function):
         @functools.wraps(function)
         def on_one_device(*args):
-            devices = {arg.device for arg in args if isinstance(arg, torch.Tensor)}
+            flat = [part for arg in args for part in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+            devices = {arg.device for arg in flat if isinstance(arg, torch.Tensor)}
             if len(devices) > 1:
                 raise RuntimeError(f"{name}: expected all tensors on one device, got {sorted(map(str, devices))}")
             return function(*args)

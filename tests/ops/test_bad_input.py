@@ -123,6 +123,24 @@ def test_multi():
     lists = [*good[:3], list(case.a_bank), list(case.b_bank)[:2], *good[5:]]
     with pytest.raises(ValueError, match="b_bank: expected a list of 3"):
         multi_lora_linear(*lists)
+    # A slot without rows is looked at all the same.
+    few = plan_batch([0, 0, -1, 0, 0], num_slots=3)
+    for index, value, error, message in [
+        (3, torch.randn(4, 23), ValueError, r"lora_a\[2\]: expected \(rank, in_features = 24\)"),
+        (3, torch.randn(0, 24), ValueError, r"lora_a\[2\]: expected rank >= 1"),
+        (3, torch.randn(4, 24, device="meta"), ValueError, r"lora_a\[2\]: expected a tensor on cpu"),
+        (3, None, TypeError, r"lora_a\[2\]: expected a tensor, got NoneType"),
+        (4, torch.randn(16, 5), ValueError, r"lora_b\[2\]: expected shape"),
+        (4, torch.randn(16, 4, dtype=HALF), TypeError, r"lora_b\[2\]: expected torch.float32"),
+    ]:
+        arguments = [*good[:3], list(case.a_bank), list(case.b_bank), good[5], few]
+        arguments[index][2] = value
+        with pytest.raises(error, match=message):
+            multi_lora_linear(*arguments)
+    with pytest.raises(TypeError, match="x: expected a tensor, got list"):
+        multi_lora_linear([1.0], *good[1:])
+    with pytest.raises(TypeError, match=r"slot_scalings: expected torch\.float32 without gradient"):
+        multi_lora_linear(*good[:5], torch.ones(3, requires_grad=True), plan)
     with pytest.raises(ValueError, match=r"x: lora_shrink computes no gradients"):
         lora_shrink(case.x.clone().requires_grad_(), case.a_bank, plan)
     with pytest.raises(ValueError, match="h: expected shape"):

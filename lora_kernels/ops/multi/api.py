@@ -30,28 +30,59 @@ def multi_lora_linear(x, weight, bias, a_bank, b_bank, slot_scalings, plan, *, o
         ValueError, TypeError: an argument of the wrong shape, dtype or device; the message names it.
     """
     listed = isinstance(a_bank, (list, tuple))
-    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    dtype = autocast_dtype(x.device.type)
-    if dtype is not None:
-        x2, weight = x2.to(dtype), weight.to(dtype)
-        bias = bias if bias is None else bias.to(dtype)
-    _check(x2, weight, bias, a_bank, b_bank, slot_scalings, plan, out_splits, listed)
-    adapters = (*a_bank, *b_bank) if listed else (a_bank, b_bank)
-    inputs = (x2, weight, *adapters) if bias is None else (x2, weight, bias, *adapters)
-    grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    if out is not None:
-        checks.out(out, x.to(x2.dtype), weight)
+    try:
+        x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        device_type = x.device.type
+        dtype = autocast_dtype(device_type)
+        if dtype is not None:
+            x2, weight = x2.to(dtype), weight.to(dtype)
+            bias = bias if bias is None else bias.to(dtype)
+        native = not dispatch.check_first and device_type == "cpu" and not torch.compiler.is_compiling()
+        if not (native and _agree(x2, a_bank, b_bank, slot_scalings, plan, listed)):
+            _check(x2, weight, bias, a_bank, b_bank, slot_scalings, plan, out_splits, listed)
+        adapters = (*a_bank, *b_bank) if listed else (a_bank, b_bank)
+        grad = torch.is_grad_enabled() and (
+            x2.requires_grad
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or any(tensor.requires_grad for tensor in adapters)
+        )
+        if out is not None:
+            checks.out(out, x.to(x2.dtype), weight)
+            if grad:
+                raise ValueError("out: can not be combined with gradients; call under torch.no_grad()")
+            checks.in_place("out", out, x=x2, weight=weight, bias=bias)
         if grad:
-            raise ValueError("out: can not be combined with gradients; call under torch.no_grad()")
-        checks.in_place("out", out, x=x2, weight=weight, bias=bias)
-    if grad:
-        if not listed and plan.slot_ranks is not None:
-            adapters = live_part(a_bank, b_bank, plan.slot_ranks, out_splits)
-        y = MultiLoraLinear.apply(listed, x2, weight, bias, slot_scalings, plan, out_splits, *adapters)
-    else:
-        y = run(listed, x2, weight, bias, slot_scalings, plan, out_splits, adapters)
+            if not listed and plan.slot_ranks is not None:
+                adapters = live_part(a_bank, b_bank, plan.slot_ranks, out_splits)
+            y = MultiLoraLinear.apply(listed, x2, weight, bias, slot_scalings, plan, out_splits, *adapters)
+        else:
+            y = run(listed, x2, weight, bias, slot_scalings, plan, out_splits, adapters)
+    except (RuntimeError, AttributeError, IndexError, TypeError):
+        _explain_refusal(x, weight, bias, a_bank, b_bank, slot_scalings, plan, out_splits, listed)
+        raise
     y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
     return y if out is None else out.copy_(y)
+
+
+def _agree(x, a_bank, b_bank, slot_scalings, plan, listed):
+    """What a native kernel can not see for itself: that batch, bank and plan are made for one another."""
+    slots = plan.num_slots
+    sizes = plan.num_tokens == x.shape[0] and len(a_bank) == slots and len(b_bank) == slots
+    alike = isinstance(b_bank, (list, tuple)) is listed
+    return sizes and alike and len(slot_scalings) == slots and not slot_scalings.requires_grad
+
+
+def _explain_refusal(x, weight, bias, a_bank, b_bank, slot_scalings, plan, out_splits, listed):
+    """After a kernel refused its input: the error that names the argument, if an argument is to blame."""
+    base = (x, weight, bias)
+    for name, value in zip(("x", "weight"), base[:2], strict=True):
+        checks.tensor(name, value)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
+        base = [value if value is None else value.to(dtype) for value in base]
+    x2 = base[0] if x.dim() < 2 else base[0].reshape(-1, x.shape[-1])
+    _check(x2, *base[1:], a_bank, b_bank, slot_scalings, plan, out_splits, listed)
 
 
 def run(listed, x, weight, bias, slot_scalings, plan, out_splits, adapters):
