@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "device.h"
+#include "load_adapter.h"
 #include "lora_kernels/cuda_merge.h"
 #include "lora_kernels/merge_element.h"
 
@@ -29,13 +30,6 @@ constexpr int kBlocks = 2;  // on one multiprocessor: without it ptxas may aim a
 __device__ bool finite(float v) { return finite_f32(__float_as_uint(v)); }
 __device__ bool finite(f16 v) { return finite_f16(v.bits); }
 __device__ bool finite(bf16 v) { return finite_bf16(v.bits); }
-
-// Element `i` of an adapter; the branch is the same for the whole grid.
-__device__ float load_adapter(const void* p, DType type, int64_t i) {
-  if (type == DType::f32) return static_cast<const float*>(p)[i];
-  if (type == DType::f16) return to_float(static_cast<const f16*>(p)[i]);
-  return to_float(static_cast<const bf16*>(p)[i]);
-}
 
 // The thread's eight columns of one row: 16-byte accesses where the row allows, else one by one up
 // to `live`.

@@ -67,6 +67,13 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t size, cudaStream_t
   std::memset(p, value, size);
   return cudaSuccess;
 }
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost = 2 };
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind,
+                                   cudaStream_t) {
+  std::memcpy(to, from, size);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() {
   return lora_kernels_emulate::fault.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }

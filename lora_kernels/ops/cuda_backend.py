@@ -5,6 +5,9 @@
 
 LIMITS = {
     "merge_, merge_list_, merge_is_finite, switch_": "a weight whose columns are not adjacent is refused",
+    "merge_exact_, unmerge_exact_, switch_exact_": (
+        "the host waits, since the size of a residual depends on the data: not for graph capture"
+    ),
 }
 
 
