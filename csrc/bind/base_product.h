@@ -5,7 +5,7 @@
 
 #include "../cpu/linear.h"
 #include "../cpu/paths.h"
-#include "tensor_arg.h"
+#include "widened_product.h"
 
 namespace lora_kernels {
 
@@ -19,33 +19,14 @@ inline Layout layout_of(const TensorArg& w) {
   return Layout::other;
 }
 
-// torch's own GEMM, below autograd.
-class NoGrad {
- public:
-  NoGrad() : was_(aoti_torch_grad_mode_is_enabled()) {
-    if (was_) aoti_torch_grad_mode_set_enabled(false);
-  }
-  ~NoGrad() {
-    if (was_) aoti_torch_grad_mode_set_enabled(true);
-  }
-  NoGrad(const NoGrad&) = delete;
-  NoGrad& operator=(const NoGrad&) = delete;
-
- private:
-  bool was_;
-};
-
+// torch's own GEMM.
 inline void vendor_linear(const TensorArg& y, const TensorArg& x, const TensorArg& w,
                           const TensorArg& bias) {
-  const int64_t sizes[] = {w.size(1), w.size(0)}, strides[] = {w.stride(1), w.stride(0)};
-  AtenTensorHandle handle = nullptr;
-  LK_ABI(aoti_torch__reinterpret_tensor(w.get(), 2, sizes, strides, 0, &handle));
-  const TensorArg transposed(handle);
   const NoGrad guard;
   if (bias.defined()) {
-    LK_ABI(aoti_torch_cpu_addmm_out(y.get(), bias.get(), x.get(), transposed.get(), 1.0, 1.0));
+    LK_ABI(aoti_torch_cpu_addmm_out(y.get(), bias.get(), x.get(), transposed(w).get(), 1.0, 1.0));
   } else {
-    LK_ABI(aoti_torch_cpu_mm_out(y.get(), x.get(), transposed.get()));
+    LK_ABI(aoti_torch_cpu_mm_out(y.get(), x.get(), transposed(w).get()));
   }
 }
 
@@ -90,6 +71,10 @@ inline bool base_forward(const TensorArg& y, const TensorArg& x, const TensorArg
     vendor_linear(y, x, w, bias);
     return false;
   }
+  if (path == Path::widened) {
+    widened_linear(y, x, w, bias);
+    return false;
+  }
   if (path == Path::panel) {
     const AddTask task = {panel_forward(y, x, w, bias), x.size(0), w.size(0)};
     run_adds(&task, 1);
@@ -111,7 +96,13 @@ inline bool base_forward(const TensorArg& y, const TensorArg& x, const TensorArg
   return true;
 }
 
-inline void vendor_backward(const TensorArg& dx, const TensorArg& dy, const TensorArg& w) {
+// dx (M, K) = dy W by torch, in place of panel_backward.
+inline void torch_backward(const TensorArg& dx, const TensorArg& dy, const TensorArg& w,
+                           Path path) {
+  if (path == Path::widened) {
+    widened_backward(dx, dy, w);
+    return;
+  }
   const NoGrad guard;
   LK_ABI(aoti_torch_cpu_mm_out(dx.get(), dy.get(), w.get()));
 }

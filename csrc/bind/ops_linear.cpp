@@ -351,7 +351,7 @@ void lora_linear_backward(StableIValue* stack, uint64_t, uint64_t) {
         const AddTask task = {panel_backward(dx, dy, w), s.M, s.K};
         run_adds(&task, 1);
       } else {
-        vendor_backward(dx, dy, w);
+        torch_backward(dx, dy, w, path);
       }
     }
     add.job.update =

@@ -350,7 +350,7 @@ void multi_lora_backward(StableIValue* stack, uint64_t, uint64_t) {
         const AddTask task = {panel_backward(dx, dy, w), M, K};
         run_adds(&task, 1);
       } else {
-        vendor_backward(dx, dy, w);
+        torch_backward(dx, dy, w, path);
       }
     } else {
       std::memset(dx.data(), 0, static_cast<size_t>(M * K * dtype_size(dtype)));

@@ -25,7 +25,7 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int kVectors = 4, kRows = 6;
 #else
-constexpr int kVectors = 2, kRows = 2;
+constexpr int kVectors = 1, kRows = 6;  // twelve ymm accumulators, two of b, one of h
 #endif
 constexpr int kPanel = kVectors * kLanes;
 constexpr int64_t kChunkBytes = 128 << 10;  // packed B kept in L2 while all rows pass over it

@@ -280,18 +280,15 @@ void base_typed(const BaseJob& job, int64_t m0, int64_t m1, int64_t n0, int64_t 
     const int64_t end = n + block < n1 ? n + block : n1;
     for (int64_t m = m0; m < m1;) {
       const int left = static_cast<int>(m1 - m < 8 ? m1 - m : 8);
-      int rows = left;
-      if (kWide == 4) {
-        rows = left < 2 ? left : 2;
+      const int rows = kWide == 4 && left > 2 ? 2 : left;
+      if (rows == 1) {
+        base_rows<T, 1, TB>(job, m, rows, n, end);
+      } else if (rows == 2) {
         base_rows<T, 2, TB>(job, m, rows, n, end);
-      } else if (left == 1) {
-        base_rows<T, 1, TB>(job, m, left, n, end);
-      } else if (left == 2) {
-        base_rows<T, 2, TB>(job, m, left, n, end);
-      } else if (left <= 4) {
-        base_rows<T, kWide == 24 ? 4 : 2, TB>(job, m, left, n, end);
+      } else if (rows <= 4) {
+        base_rows<T, kWide == 24 ? 4 : 2, TB>(job, m, rows, n, end);
       } else {
-        base_rows<T, kWide == 24 ? 8 : 2, TB>(job, m, left, n, end);
+        base_rows<T, kWide == 24 ? 8 : 2, TB>(job, m, rows, n, end);
       }
       m += rows;
     }

@@ -1,7 +1,8 @@
 // The crossovers between our kernels and the vendor's GEMM, and relaxed counters of what ran.
 //
-// Measured on 2 cores of Zen 4 against torch 2.13 (MKL float32, oneDNN bf16, K = N = 2048 and
-// 4096).
+// AVX-512: measured on 2 cores of Zen 4 against torch 2.13 (MKL float32, oneDNN bf16, K = N = 2048
+// and 4096). AVX2: on 2 cores of a Zen without AVX-512, where oneDNN has no bf16 and a bf16 GEMM
+// takes six times as long as a float32 one.
 #include "paths.h"
 
 namespace lora_kernels {
@@ -12,7 +13,7 @@ std::atomic<int> g_last{static_cast<int>(Path::vendor)};
 
 // The largest M that our streaming kernel takes.
 int64_t stream_rows(DType dtype, Isa isa) {
-  if (isa < Isa::avx512) return dtype == DType::f16 ? 1 << 30 : 2;
+  if (isa < Isa::avx512) return dtype == DType::f32 ? 2 : 1 << 30;
   switch (dtype) {
     case DType::f32:
       return 32;
@@ -24,11 +25,16 @@ int64_t stream_rows(DType dtype, Isa isa) {
   return 0;
 }
 
+// Whether widening W block by block pays: not for few rows, nor for tiny products.
+bool widening_wins(int64_t M, int64_t N, int64_t K, DType dtype, Isa isa) {
+  return isa < Isa::avx512 && dtype != DType::f32 && M >= 64 && M * N * K >= 1 << 24;
+}
+
 // Whether our panel kernel beats the vendor's GEMM for a product of M rows and W.
 bool panel_wins(int64_t M, int64_t N, int64_t K, int64_t depth, DType dtype, Isa isa) {
   if (M * N * K <= 1 << 15) return true;  // a GEMM call costs more than the product
   if (dtype == DType::f16) return true;
-  if (isa < Isa::avx512) return false;
+  if (isa < Isa::avx512) return dtype != DType::f32;
   // One panel of W, 64 columns deep, must stay in L2.
   if (dtype == DType::f32) return M >= 64 && depth <= 2048;
   return isa == Isa::avx512bf16 && M >= 64 && M * N * K <= 40000000;
@@ -37,12 +43,13 @@ bool panel_wins(int64_t M, int64_t N, int64_t K, int64_t depth, DType dtype, Isa
 }  // namespace
 
 const char* path_name(Path path) {
-  constexpr const char* kNames[] = {"stream", "panel", "vendor", "add"};
+  constexpr const char* kNames[] = {"stream", "panel", "vendor", "widened", "add"};
   return kNames[static_cast<int>(path)];
 }
 
 Path choose_path(int64_t M, int64_t N, int64_t K, DType dtype, Isa isa, bool backward,
                  bool by_columns, bool invariant) {
+  if (!by_columns && !invariant && widening_wins(M, N, K, dtype, isa)) return Path::widened;
   if (!backward && !by_columns) {
     if (invariant || M * N * K <= 1 << 15 || M <= stream_rows(dtype, isa)) return Path::stream;
   } else if (invariant) {

@@ -4,6 +4,7 @@
 //   panel    our own kernel over packed panels of W: dy W, a W stored by columns, and shapes where
 //            it beats the vendor; update, mask and bias in the same pass, one rounding
 //   vendor   torch's GEMM (MKL, oneDNN), then the update added in place
+//   widened  half-precision W and x in float32 blocks through torch's GEMM, the update as above
 //   add      no base product: lora_add_, shrink, expand
 //
 // The choice depends on shapes, dtype and machine alone, never on the adapters: a row without an
@@ -16,8 +17,8 @@
 
 namespace lora_kernels {
 
-enum class Path : int { stream = 0, panel = 1, vendor = 2, add = 3 };
-constexpr int kNumPaths = 4;
+enum class Path : int { stream = 0, panel = 1, vendor = 2, widened = 3, add = 4 };
+constexpr int kNumPaths = 5;
 const char* path_name(Path path);
 
 // y = x W^T with M rows of x, or dx = dy W (`backward`), N and K the rows and columns of W.

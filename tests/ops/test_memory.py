@@ -29,6 +29,7 @@ RUNS = {
     "unmerge_": "ops.unmerge_(w, a, b, s)",
     "switch_": "ops.switch_(w, (a, b, s), (a, b, 1.5))",
     "lora_linear": "ops.lora_linear(x, w, None, a, b, s)",
+    "lora_linear, many rows": "ops.lora_linear(x.repeat(32, 1), w, None, a, b, s)",
     "multi_lora_linear": "ops.multi_lora_linear(x, w, None, [a], [b], torch.ones(1), ops.plan_batch([0] * len(x)))",
 }
 

@@ -343,6 +343,59 @@ LK_INLINE void store_n(T* p, vf a, int n) {
   std::memcpy(static_cast<void*>(p), buf, n * sizeof(T));
 }
 
+#if defined(__AVX2__)
+
+// Lane i of the result is the sum of a[i]'s lanes.
+LK_INLINE __m256 hsum8(const vf a[8]) {
+  __m256 t[4];
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm256_hadd_ps(_mm256_add_ps(a[2 * i].lo, a[2 * i].hi),
+                          _mm256_add_ps(a[2 * i + 1].lo, a[2 * i + 1].hi));
+  }
+  const __m256 p = _mm256_hadd_ps(t[0], t[1]), q = _mm256_hadd_ps(t[2], t[3]);
+  return _mm256_add_ps(_mm256_permute2f128_ps(p, q, 0x20), _mm256_permute2f128_ps(p, q, 0x31));
+}
+LK_INLINE vf hsum16(const vf a[16]) { return {hsum8(a), hsum8(a + 8)}; }
+
+LK_INLINE void transpose8(__m256 t[8]) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(t[i], t[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(t[i], t[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+  for (int j = 0; j < 4; j++) {
+    t[j] = _mm256_permute2f128_ps(b[j], b[j + 4], 0x20);
+    t[j + 4] = _mm256_permute2f128_ps(b[j], b[j + 4], 0x31);
+  }
+}
+
+// t[i][j] becomes t[j][i], as four blocks of 8 x 8.
+LK_INLINE void transpose16(vf t[16]) {
+  __m256 a[8], b[8], c[8], d[8];
+  for (int i = 0; i < 8; i++) {
+    a[i] = t[i].lo;
+    b[i] = t[i].hi;
+    c[i] = t[i + 8].lo;
+    d[i] = t[i + 8].hi;
+  }
+  transpose8(a);
+  transpose8(b);
+  transpose8(c);
+  transpose8(d);
+  for (int i = 0; i < 8; i++) {
+    t[i] = {a[i], c[i]};
+    t[i + 8] = {b[i], d[i]};
+  }
+}
+
+#else
+
 LK_INLINE vf hsum16(const vf a[16]) {
   float s[16];
   for (int i = 0; i < 16; i++) s[i] = hsum(a[i]);
@@ -357,6 +410,8 @@ LK_INLINE void transpose16(vf t[16]) {
   }
   for (int i = 0; i < 16; i++) t[i] = load(out[i]);
 }
+
+#endif
 
 #endif
 
