@@ -40,9 +40,9 @@ class LoraRuntimeConfig:
 # Implemented by PEFT and not here. Only the default is accepted.
 _VARIANTS = {
     "alora_invocation_tokens": "aLoRA", "arrow_config": "Arrow", "corda_config": "CorDA", "eva_config": "EVA",
-    "ensure_weight_tying": "tied adapters", "kasa_config": "KaSA", "layer_replication": "replicated layers",
+    "kasa_config": "KaSA", "layer_replication": "replicated layers",
     "lora_ga_config": "LoRA-GA", "megatron_config": "Megatron layers", "monteclora_config": "MonteCLoRA",
-    "target_parameters": "parameters", "trainable_token_indices": "trainable tokens", "use_bdlora": "BD-LoRA",
+    "target_parameters": "parameters", "use_bdlora": "BD-LoRA",
     "use_qalora": "QALoRA", "velora_config": "VeLoRA",
 }  # fmt: skip
 _INIT_VARIANTS = {"corda": "CorDA", "eva": "EVA", "loftq": "LoftQ", "lora_ga": "LoRA-GA", "mica": "MiCA"}
@@ -120,7 +120,7 @@ class LoraConfig:
         check_dropout(self.lora_dropout)
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias: expected 'none', 'all' or 'lora_only', got {self.bias!r}")
-        for name in ("fan_in_fan_out", "use_rslora", "inference_mode"):
+        for name in ("fan_in_fan_out", "use_rslora", "inference_mode", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
         for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
@@ -134,6 +134,7 @@ class LoraConfig:
             setattr(self, name, _names(name, getattr(self, name), as_set=True))
         self.modules_to_save = _names("modules_to_save", self.modules_to_save, allow_str=False)
         self.layers_pattern = _names("layers_pattern", self.layers_pattern)
+        check_tokens(self.trainable_token_indices)
         self._check_layers()
 
     def _check_supported(self):
@@ -262,6 +263,18 @@ def check_dropout(value):
         raise TypeError(f"lora_dropout: expected a number, got {value!r}")
     if not 0.0 <= value < 1.0:
         raise ValueError(f"lora_dropout: expected 0 <= p < 1, got {value}")
+
+
+def check_tokens(indices):
+    """``trainable_token_indices``: None, token numbers, or a dict from the names of modules to such lists."""
+    lists = indices.values() if isinstance(indices, dict) else [] if indices is None else [indices]
+    for tokens in lists:
+        plain = isinstance(tokens, (list, tuple)) and len(tokens)
+        if not plain or not all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in tokens):
+            raise ValueError(
+                "trainable_token_indices: expected a list of token numbers (int, 0 or more), or a dict of names and "
+                f"such lists, got {indices!r}"
+            )
 
 
 def _names(field_name, value, as_set=False, allow_str=True):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .io.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
-from .layers import LoraLayer, ModulesToSaveWrapper
+from .layers import AuxiliaryTrainingWrapper, LoraLayer, TrainableTokensWrapper
 from .tuner import LoraModel
 
 __all__ = [
@@ -47,7 +47,7 @@ def inject_adapter_in_model(peft_config, model, adapter_name="default", low_cpu_
 
 
 def _parts(model):
-    return [m for m in model.modules() if isinstance(m, (LoraLayer, ModulesToSaveWrapper))]
+    return [m for m in model.modules() if isinstance(m, (LoraLayer, AuxiliaryTrainingWrapper))]
 
 
 def set_adapter(model, adapter_name, inference_mode=False, layer_cls=LoraLayer):
@@ -60,9 +60,10 @@ def delete_adapter(model, adapter_name, prefix="lora_", layer_cls=LoraLayer):
     """Removes an adapter from every layer that has it; returns the names that are still active, or None."""
     remaining = None
     for part in _parts(model):
-        if isinstance(part, ModulesToSaveWrapper) or adapter_name in part.r:
+        if isinstance(part, AuxiliaryTrainingWrapper) or adapter_name in part.r:
             part.delete_adapter(adapter_name)
-        remaining = remaining or part.active_adapters
+        if not isinstance(part, TrainableTokensWrapper):  # which names only the adapters that have rows there
+            remaining = remaining or part.active_adapters
     return remaining
 
 
@@ -77,7 +78,8 @@ def cast_adapter_dtype(model, adapter_name, autocast_adapter_dtype=True):
     if not autocast_adapter_dtype:
         return
     for part in _parts(model):
-        if isinstance(part, LoraLayer):
+        part = part.token_adapter if isinstance(part, TrainableTokensWrapper) else part
+        if not isinstance(part, AuxiliaryTrainingWrapper):
             for kind in part.adapter_layer_names:
                 entry = getattr(part, kind)
                 if adapter_name in entry:

@@ -2,9 +2,11 @@
 
 import warnings
 
-from .layers import LoraLayer
+from .layers import LoraLayer, TrainableTokensLayer, TrainableTokensWrapper
 from .layers.atomic import all_or_none
 from .layers.merged import replaced
+from .layers.tied import part, rejoin
+from .tying import warn_of_tied_targets
 
 
 class ModelMerging:
@@ -25,31 +27,34 @@ class ModelMerging:
                 are until then. Never leaves Inf or NaN.
 
         Raises:
-            ValueError: an adapter that is unknown or merged already, one merged in the other way, a weight that is
-                tied, or, with ``safe_merge``, weights that would not be finite (then nothing was written at all).
+            ValueError: an adapter that is unknown or merged already, one merged in the other way, token rows that two
+                adapters have in common, or, with ``safe_merge``, weights that would not be finite. Nothing was written.
         """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names: expected a list of str, got {adapter_names!r}")
-        layers = self.layers()
+        layers = self._merging()
         merged = {n for layer in layers for n in layer.merged_adapters}
         names = [n for n in self._active if n not in merged] if adapter_names is None else list(adapter_names)
         self._known(names)
         taken = sorted(merged.intersection(self._active if adapter_names is None else names))
         if taken and not (adapter_names is None and names):
             raise ValueError(f"adapter_names: {taken} merged already; unmerge first")
-        if any(layer.merged and bool(layer.residuals) != exact for layer in layers):
+        if any(layer.merged and bool(layer.residuals) != exact for layer in layers if isinstance(layer, LoraLayer)):
             raise ValueError(
                 f"exact: {sorted(merged)} were merged with exact={not exact}; unmerge them before merging {names} "
                 f"with exact={exact}"
             )
-        work = {layer: layer.names_to_merge([n for n in names if n in layer.r], exact) for layer in layers}
+        work = {
+            layer: layer.names_to_merge([n for n in names if n in layer.adapter_names()], exact) for layer in layers
+        }
         work = {layer: found for layer, found in work.items() if found}
-        self._check_unshared(work)
         paths = self._paths()
         if safe_merge:
             for layer, found in work.items():
                 if not layer.merge_is_finite(found):
                     raise ValueError(f"safe_merge: merging {found} would leave Inf or NaN in '{paths[layer]}'")
+        warn_of_tied_targets(self)
+        part(work, self.model)
         self._all_or_none(list(work), lambda layer: layer.merge(adapter_names=work[layer], exact=exact), progressbar)
 
     def unmerge_adapter(self, adapter_names=None):
@@ -63,7 +68,7 @@ class ModelMerging:
         """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names: expected a list of str, got {adapter_names!r}")
-        layers = [layer for layer in self.layers() if layer.merged]
+        layers = [layer for layer in self._merging() if layer.merged]
         if adapter_names is not None:
             names = list(dict.fromkeys(adapter_names))
             self._known(names)
@@ -87,7 +92,7 @@ class ModelMerging:
         """
         old, new = (None, adapter_name) if new is None else (adapter_name, new)
         self._known([new] if old is None else [old, new])
-        layers = self.layers()
+        layers = self._merging()
         merged = [layer for layer in layers if layer.merged]
         if not merged:
             raise ValueError("switch_adapter: no adapter is merged; call merge_adapter() first")
@@ -97,26 +102,30 @@ class ModelMerging:
         self._known_merged(olds, merged)
         active = [new] if old is None else replaced(self._active, olds, new)
         parts = self._parts()
-        for part in parts:
-            if not isinstance(part, LoraLayer):
-                part.check_set_adapter(active)
-        exact = any(layer.residuals for layer in merged)
-        self._check_unshared([x for x in layers if new in x.r or set(olds) & set(x.merged_adapters)])
+        for one in parts:
+            if not isinstance(one, LoraLayer):
+                one.check_set_adapter(active)
+        exact = any(layer.residuals for layer in merged if isinstance(layer, LoraLayer))
+        for layer in layers:
+            if not isinstance(layer, LoraLayer) and new in layer.adapter_names():
+                layer.check_disjoint([new], besides=olds)
+        part([x for x in layers if new in x.adapter_names() and not x.merged], self.model)
 
         def switch(layer):
             gone = [n for n in layer.merged_adapters if n in olds]
-            if gone and new in layer.r:
+            if gone and new in layer.adapter_names():
                 layer.switch(new) if old is None else layer.switch(old, new)
             elif gone:
                 layer.unmerge(gone)
-            elif new in layer.r:
+            elif new in layer.adapter_names():
                 layer.merge(adapter_names=[new], exact=exact)
-            layer._active_adapter = list(active)
-            layer._reroute()
+            if isinstance(layer, LoraLayer):
+                layer._active_adapter = list(active)
+                layer._reroute()
 
         def activate():
-            for part in parts:
-                part._active_adapter = list(active)
+            for one in parts:
+                one._active_adapter = list(active)
             self._active = active
 
         self._all_or_none(layers, switch, finish=activate)
@@ -134,7 +143,19 @@ class ModelMerging:
             from tqdm.auto import tqdm
 
             layers = tqdm(layers, desc="Merging")
-        all_or_none(layers, named, finish)
+        try:
+            all_or_none(layers, named, finish)
+        finally:
+            rejoin(self._weighted())
+
+    def _weighted(self):
+        """The layers whose adapters change a weight: LoRA layers, and those of token rows."""
+        parts = [p.token_adapter if isinstance(p, TrainableTokensWrapper) else p for p in self._parts()]
+        return [p for p in parts if isinstance(p, (LoraLayer, TrainableTokensLayer))]
+
+    def _merging(self):
+        """Of the layers whose adapters change a weight, one for each set of rows that tied layers share."""
+        return [layer for layer in self._weighted() if getattr(layer, "holder", layer) is layer]
 
     def _paths(self):
         return {module: path for path, module in self.model.named_modules()}
@@ -145,16 +166,3 @@ class ModelMerging:
         missing = [n for n in names if n not in merged]
         if missing:
             raise ValueError(f"adapter_names: {missing} not merged; merged: {merged}")
-
-    def _check_unshared(self, layers):
-        """A weight that two modules use (tied embeddings) can not take the update of one of them."""
-        users = {}
-        for path, module in self.model.named_modules():
-            for parameter in module._parameters.values():
-                users.setdefault(id(parameter), []).append(path.removesuffix(".base_layer"))
-        for layer in layers:
-            names = users[id(layer.weight)]
-            if len(names) > 1:
-                raise ValueError(
-                    f"modules {names} share one weight: merging would change all of them; give each its own first"
-                )

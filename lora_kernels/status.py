@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import nn
 
-from .layers import LoraLayer, ModulesToSaveWrapper
+from .layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer
 
 
 @dataclasses.dataclass
@@ -47,7 +47,7 @@ def get_layer_status(model):
     root = getattr(model, "base_model", model) if hasattr(model, "peft_config") else model
     found = []
     for name, module in root.named_modules():
-        if not isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+        if not isinstance(module, (LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer)):
             continue
         tensors = {}
         for kind in module.adapter_layer_names:

@@ -12,7 +12,18 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .errors import NoMatchingPeftModuleError
-from .layers import LoraLayer, LoraLinear, LoraTransposed, ModulesToSaveWrapper, layer_class
+from .layers import (
+    AuxiliaryTrainingWrapper,
+    LoraEmbedding,
+    LoraLayer,
+    LoraLinear,
+    LoraTransposed,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    layer_class,
+)
+from .names import has_suffix, model_config, module_names
+from .tying import TokenTarget, resolve_ties, token_targets
 
 # The default targets of transformers' model types, where ``target_modules`` is None.
 _TYPES_BY_TARGETS = {
@@ -51,15 +62,26 @@ class Target:
     layer_class: type
     r: int
     lora_alpha: float
+    tied_to: str | None = None  # the embedding whose factors it takes
+
+    def start(self, init_lora_weights):
+        """``init_lora_weights`` of this target: what is tied does not start from the weight, as embeddings do not."""
+        plain = self.tied_to is None or init_lora_weights in (False, "gaussian")
+        return init_lora_weights if plain else True
 
 
 @dataclass
 class Targets:
-    """What an adapter touches. ``config`` is a copy with ``target_modules`` resolved."""
+    """What an adapter touches. ``config`` is a copy with ``target_modules`` resolved.
+
+    ``saved_tied``: which of ``saved`` take the copy of the input embedding, and its name.
+    """
 
     config: object
     lora: list[Target] = field(default_factory=list)
     saved: list[tuple[str, nn.Module]] = field(default_factory=list)
+    saved_tied: dict[str, str] = field(default_factory=dict)
+    tokens: list[TokenTarget] = field(default_factory=list)
 
 
 def find_targets(model, config):
@@ -69,32 +91,42 @@ def find_targets(model, config):
         ValueError: nothing matches (the message names the closest module names), a match is of a kind that
             has no LoRA layer, or a pattern is no regular expression.
     """
-    config = _resolve(model, config)
+    config, ties = _resolve(model, config)
     plan = Targets(config)
-    names = _module_names(model)
+    names = module_names(model)
     excluded = 0
     for name, module in names.items():
+        if has_suffix(name, ties.lora):
+            continue
         verdict = _matches(config, name)
         excluded += verdict is None
         if verdict:
             plan.lora.append(_target(model, config, name, module))
     if not plan.lora:
         raise NoMatchingPeftModuleError(_nothing_found(config, names, excluded))
+    plan.lora += _tied_targets(model, config, names, ties, plan.lora)
     _correct_fan_in(config, plan.lora)
-    plan.saved = _saved_modules(model, config)
+    plan.saved = _saved_modules(model, config, ties.saved)
+    plan.saved_tied = {name: ties.embedding for name, _ in plan.saved if name in ties.saved}
+    plan.tokens = token_targets(model, config, {target.name for target in plan.lora})
     _warn_unused(config, names, plan, excluded)
     return plan
 
 
 def _resolve(model, config):
-    """A copy of ``config`` whose ``target_modules`` and ``modules_to_save`` name modules of this model."""
+    """A copy of ``config`` whose ``target_modules`` and ``modules_to_save`` name modules of this model, and its ties."""
     unknown, config = config._unknown, copy.copy(config)
     config._unknown = dict(unknown)
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if isinstance(value, str):
+            _check_pattern(name, value)
+    ties = resolve_ties(model, config)
     heads = TASK_HEADS.get(config.task_type)
     if heads:
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
     if config.target_modules is None:
-        model_type = _model_config(model).get("model_type")
+        model_type = model_config(model).get("model_type")
         if model_type not in DEFAULT_TARGETS:
             raise ValueError(
                 f"target_modules: expected module names, got None; no default for model type {model_type!r}"
@@ -103,14 +135,10 @@ def _resolve(model, config):
         config.target_modules = default if isinstance(default, str) else set(default)
     elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config.target_modules = _all_linear(model, config)
-    for name in ("target_modules", "exclude_modules"):
-        value = getattr(config, name)
-        if isinstance(value, str):
-            _check_pattern(name, value)
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
             _check_pattern(name, key)
-    return config
+    return config, ties
 
 
 def _correct_fan_in(config, targets):
@@ -135,23 +163,6 @@ def _check_pattern(name, pattern):
         raise ValueError(f"{name}: {pattern!r} is no regular expression ({error})") from error
 
 
-def _model_config(model):
-    config = getattr(model, "config", None)
-    if hasattr(config, "to_dict"):
-        return config.to_dict()
-    return config if isinstance(config, dict) else {"model_type": getattr(config, "model_type", None)}
-
-
-def _module_names(model):
-    """The modules an adapter may name: all but the inside of layers and wrappers that are already there."""
-    names, inside = {}, None
-    for name, module in model.named_modules():
-        if name and not (inside and name.startswith(inside)):
-            names[name] = module
-            inside = name + "." if isinstance(module, (LoraLayer, ModulesToSaveWrapper)) else None
-    return names
-
-
 def _all_linear(model, config):
     """Every linear layer but the output head, and but the projections that a module uses without calling them."""
     heads = set()
@@ -165,7 +176,7 @@ def _all_linear(model, config):
     }
     return {
         name
-        for name, module in _module_names(model).items()
+        for name, module in module_names(model).items()
         if (isinstance(module, (nn.Linear, LoraLinear)) or LoraTransposed.accepts(module))
         and id(module) not in heads | inside_attention
     }
@@ -174,7 +185,7 @@ def _all_linear(model, config):
 def _matches(config, name):
     """True: adapted. False: not. None: would be, but is excluded or saved in full."""
     excluded, targets = config.exclude_modules, config.target_modules
-    if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else _has_suffix(name, excluded)):
+    if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else has_suffix(name, excluded)):
         return None
     if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ()):
         return None
@@ -182,11 +193,7 @@ def _matches(config, name):
         return re.fullmatch(targets, name) is not None
     if name in targets:
         return True
-    return _has_suffix(name, targets) and _in_layers(config, name)
-
-
-def _has_suffix(name, suffixes):
-    return name in suffixes or any(name.endswith("." + suffix) for suffix in suffixes)
+    return has_suffix(name, targets) and _in_layers(config, name)
 
 
 def _in_layers(config, name):
@@ -215,8 +222,10 @@ def _target(model, config, name, module):
     base = module.get_base_layer() if isinstance(module, LoraLayer) else module
     kind = layer_class(base)
     parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, ModulesToSaveWrapper):
-        raise ValueError(f"target_modules: '{name}' is saved in full by another adapter (modules_to_save)")
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        how = "saved in full" if isinstance(module, ModulesToSaveWrapper) else "trained row by row"
+        field_name = "modules_to_save" if isinstance(module, ModulesToSaveWrapper) else "trainable_token_indices"
+        raise ValueError(f"target_modules: '{name}' is {how} by another adapter ({field_name})")
     if kind is None:
         raise ValueError(
             f"target_modules: '{name}' is not supported, it is a {type(base).__name__}. Currently, only "
@@ -230,16 +239,39 @@ def _target(model, config, name, module):
     return Target(name, module, kind, r, alpha)
 
 
-def _saved_modules(model, config):
+def _tied_targets(model, config, names, ties, lora):
+    """The targets that take the factors of the input embedding (``ensure_weight_tying``)."""
+    tied = [name for name in names if has_suffix(name, ties.lora)]
+    leader = next((target for target in lora if target.name == ties.embedding), None)
+    if tied and (leader is None or leader.layer_class is not LoraEmbedding):
+        raise ValueError(
+            f"ensure_weight_tying: {tied} are tied to the input embedding '{ties.embedding}', which is no target of "
+            "this adapter, or no nn.Embedding"
+        )
     found = []
-    for name, module in _module_names(model).items():
-        if any(name.endswith(wanted) for wanted in config.modules_to_save or ()):
+    for name in tied:
+        target = _target(model, config, name, names[name])
+        if target.layer_class not in (LoraEmbedding, LoraLinear):
+            raise ValueError(f"ensure_weight_tying: '{name}' is a {type(names[name]).__name__}; expected nn.Linear")
+        target.r, target.lora_alpha, target.tied_to = leader.r, leader.lora_alpha, leader.name
+        found.append(target)
+    return found
+
+
+def _saved_modules(model, config, tied):
+    found = []
+    if not config.modules_to_save and not tied:
+        return found
+    for name, module in module_names(model, every_path=True).items():
+        if name in tied or any(name.endswith(wanted) for wanted in config.modules_to_save or ()):
+            if isinstance(module, TrainableTokensWrapper):
+                raise ValueError(f"modules_to_save: '{name}' is trained row by row (trainable_token_indices)")
             if any(isinstance(m, LoraLayer) for m in module.modules()):
                 raise ValueError(f"modules_to_save: '{name}' has or holds a LoRA adapter; name it in one of the two")
             if isinstance(module, _CONTAINERS):
                 raise ValueError(f"modules_to_save: '{name}' is a {type(module).__name__}, which can not be called")
             found.append((name, module))
-    return found
+    return sorted(found, key=lambda item: item[0] in tied)
 
 
 def _closest(wanted, names):

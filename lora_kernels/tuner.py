@@ -5,11 +5,13 @@ import warnings
 from torch import nn
 
 from .combine import ModelCombining
-from .layers import LoraLayer, ModulesToSaveWrapper
+from .layers import AuxiliaryTrainingWrapper, LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
 from .layers.base import check_adapter_name
 from .layers.mixed import BASE, Batch, Rows
+from .layers.tied import Tie, tie_equal
 from .merging import ModelMerging
 from .targeting import find_targets
+from .tying import names_tied_to_embedding, note_untied
 
 _FUSED = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
@@ -39,7 +41,8 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
         nn.Module.__init__(tuner)
         tuner.model, tuner.peft_config, tuner._fused = model, peft_config, []
         parts = tuner._parts()
-        tuner._active, tuner._rows = parts[0].active_adapters, parts[0]._rows
+        layer = next((part for part in parts if isinstance(part, LoraLayer)), parts[0])
+        tuner._active, tuner._rows = layer.active_adapters, layer._rows
         return tuner
 
     def forward(self, *args, **kwargs):
@@ -66,7 +69,7 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
         return [part for part in self._parts() if isinstance(part, LoraLayer)]
 
     def _parts(self):
-        """The LoRA layers and the modules saved in full, in the order of the model; below both only LoRA layers."""
+        """The LoRA layers, and the wrappers of what is trained beside, in the order of the model; below only LoRA."""
         return list(self._each_part())
 
     def _each_part(self):
@@ -76,12 +79,16 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
             if module is None or module in seen:
                 continue
             seen.add(module)
-            if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+            if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
                 yield module
                 if isinstance(module, LoraLayer) and len(module.base_layer._modules):
                     stack.append(module.base_layer)
             else:
                 stack.extend(reversed(module._modules.values()))
+
+    def _get_module_names_tied_with_embedding(self):
+        """As in PEFT: what ``ensure_weight_tying`` ties."""
+        return names_tied_to_embedding(self.model)
 
     # Adding and removing
 
@@ -101,9 +108,9 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
         self.peft_config[adapter_name] = targets.config
         if first:
             self._freeze_base(targets.config.bias)
-        for _, wrapper in targets.saved:
-            if adapter_name in self._active:
-                wrapper.set_adapter(self._active, targets.config.inference_mode)
+        beside = [wrapper for _, wrapper in targets.saved] + [target.module for target in targets.tokens]
+        for wrapper in beside if adapter_name in self._active else ():
+            wrapper.set_adapter(self._active, targets.config.inference_mode)
 
     def _inject(self, adapter_name, targets, autocast_adapter_dtype, meta):
         config, undo = targets.config, []
@@ -123,7 +130,7 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
                     target.r,
                     target.lora_alpha,
                     lora_dropout=config.lora_dropout,
-                    init_lora_weights=config.init_lora_weights,
+                    init_lora_weights=target.start(config.init_lora_weights),
                     use_rslora=config.use_rslora,
                     use_dora=config.use_dora,
                     lora_bias=config.lora_bias,
@@ -134,19 +141,39 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
                 if replaced is not None:
                     undo.append((setattr, layer.weight, "data", replaced))
                 self._replace(target.name, target.module, layer, undo)
-            for index, (name, module) in enumerate(targets.saved):
-                wrapper = module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module)
-                wrapper._rows = self._rows
-                wrapper.enable_adapters(not disabled)
-                undo.append((wrapper.delete_adapter, adapter_name))
-                wrapper.add(adapter_name)
-                self._replace(name, module, wrapper, undo)
-                targets.saved[index] = (name, wrapper)
+                if target.tied_to is not None:
+                    leader = self.model.get_submodule(target.tied_to)
+                    Tie(adapter_name, leader, layer, start=config.init_lora_weights is not False)
+            self._inject_beside(adapter_name, targets, autocast_adapter_dtype, disabled, undo)
             self._unfuse(undo)
         except BaseException:
             for function, *arguments in reversed(undo):
                 function(*arguments)
             raise
+
+    def _inject_beside(self, adapter_name, targets, autocast_adapter_dtype, disabled, undo):
+        """What the adapter trains beside LoRA: modules in full, and rows of embeddings."""
+        for index, (name, module) in enumerate(targets.saved):
+            wrapper = module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module)
+            embedding = targets.saved_tied.get(name)
+            tied_to = None if embedding is None else self.model.get_submodule(embedding)
+            self._inject_wrapper(name, module, wrapper, disabled, undo, (adapter_name, tied_to))
+            targets.saved[index] = (name, wrapper)
+        for target in targets.tokens:
+            wrapper = target.module
+            if not isinstance(wrapper, TrainableTokensWrapper):
+                leader = None if target.tied_to is None else self.model.get_submodule(target.tied_to).token_adapter
+                wrapper = TrainableTokensWrapper(target.module, leader)
+            added = adapter_name, target.indices, autocast_adapter_dtype
+            self._inject_wrapper(target.name, target.module, wrapper, disabled, undo, added)
+            target.module = wrapper
+
+    def _inject_wrapper(self, name, module, wrapper, disabled, undo, added):
+        wrapper._rows = self._rows
+        wrapper.enable_adapters(not disabled)
+        undo.append((wrapper.delete_adapter, added[0]))
+        wrapper.add(*added)
+        self._replace(name, module, wrapper, undo)
 
     def _unfuse(self, undo):
         """Turns off torch's fused encoder path, which reads the weights of linear layers without calling them."""
@@ -173,7 +200,7 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
             if id(parameter) not in adapter:
                 parameter.requires_grad_(bias == "all" and (name == "bias" or name.endswith(".bias")))
         for part in self._parts():
-            if isinstance(part, ModulesToSaveWrapper):
+            if isinstance(part, AuxiliaryTrainingWrapper):
                 part.original_module.requires_grad_(False)
             elif bias == "lora_only" and getattr(part.base_layer, "bias", None) is not None:
                 part.bias.requires_grad_(True)
@@ -181,10 +208,10 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
     def delete_adapter(self, adapter_name):
         """Removes an adapter. ValueError when it is unknown or merged."""
         self._known([adapter_name], "does not exist")
-        if any(adapter_name in layer.merged_adapters for layer in self.layers()):
+        if any(adapter_name in layer.merged_adapters for layer in self._merging()):
             raise ValueError(f"adapter_name: '{adapter_name}' is merged; unmerge it before deleting it")
         for part in self._parts():
-            if isinstance(part, ModulesToSaveWrapper) or adapter_name in part.r:
+            if isinstance(part, AuxiliaryTrainingWrapper) or adapter_name in part.r:
                 part.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
         active = [n for n in self._active if n != adapter_name]
@@ -211,10 +238,9 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
         self._known(names)
         parts, merged = self._parts(), False
         for part in parts:
-            if isinstance(part, ModulesToSaveWrapper):
+            if isinstance(part, AuxiliaryTrainingWrapper):
                 part.check_set_adapter(names)
-            else:
-                merged = merged or part.merged
+            merged = merged or part.merged
         if merged:
             warnings.warn("set_adapter: the model is merged; it is unmerged first", stacklevel=3)
             self.unmerge_adapter()
@@ -265,17 +291,18 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
 
     def merge_and_unload(self, progressbar=False, safe_merge=False, adapter_names=None):
         """Merges and takes all wrappers away: returns the plain model, no module of ours left in it."""
-        if adapter_names is not None or set(self._active) - {n for x in self.layers() for n in x.merged_adapters}:
+        if adapter_names is not None or set(self._active) - {n for x in self._merging() for n in x.merged_adapters}:
             self.merge_adapter(adapter_names, safe_merge, progressbar)
-        return self.unload()
+        tie_equal(self._weighted())
+        model = self.unload()
+        note_untied(model)
+        return model
 
     def unload(self):
         """Takes all wrappers away without merging: returns the plain model."""
         for name, part in reversed([(n, m) for n, m in self.model.named_modules() if n]):
-            if isinstance(part, LoraLayer):
+            if isinstance(part, (LoraLayer, AuxiliaryTrainingWrapper)):
                 self._replace(name, part, part.unwrap(), [])
-            elif isinstance(part, ModulesToSaveWrapper):
-                self._replace(name, part, part._current(), [])
         for module, attribute, value in self._fused:
             setattr(module, attribute, value)
         self._fused = []

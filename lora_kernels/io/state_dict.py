@@ -1,17 +1,20 @@
 """The tensors of one adapter by their names in a checkpoint, out of a model and into it."""
 
+import os
+import re
 import warnings
 from collections import namedtuple
 
 import torch
 from torch import nn
 
-from ..layers import LoraLayer, ModulesToSaveWrapper
+from ..layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
+from ..names import EMBEDDING_NAMES, below
 from .checkpoint import CheckpointError, check_tensors
 
 PREFIX = "base_model.model."
 LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])
-_EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+DELTA = "token_adapter.trainable_tokens_delta"
 
 
 def get_peft_model_state_dict(
@@ -72,10 +75,13 @@ def set_peft_model_state_dict(
     unexpected = check_tensors(tensors, {k: shapes[k] for k in required}, {k: shapes[k] for k in optional})
     if strict and unexpected:
         raise CheckpointError(f"the checkpoint holds keys that the model does not know: {unexpected[:8]}")
+    ties = _ties(model, adapter_name, keys, tensors)
     with torch.no_grad():
         for key, tensor in tensors.items():
             if key in keys:
                 _assign(model, keys[key], tensor)
+    for tie in ties:
+        tie.renew()
     return LoadResult([], unexpected)
 
 
@@ -96,6 +102,10 @@ def adapter_keys(model, adapter_name):
             if adapter_name in module.modules_to_save:
                 for key in module.modules_to_save[adapter_name].state_dict():
                     required[f"{path}.{key}"] = f"{path}.modules_to_save.{adapter_name}.{key}"
+        elif isinstance(module, TrainableTokensWrapper):
+            # Of tied rows only those of the embedding are saved.
+            if module.token_adapter.tied_adapter is None and adapter_name in module.adapter_names():
+                required[f"{path}.{DELTA}"] = f"{path}.{DELTA}.{adapter_name}"
         owner = bias == "all" or (bias == "lora_only" and path.endswith(".base_layer"))
         if owner and module._parameters.get("bias") is not None and not path.startswith(copies or "\0"):
             optional[f"{path}.bias"] = f"{path}.bias"
@@ -113,26 +123,73 @@ def expected_shapes(targets):
     for name, module in targets.saved:
         module = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
         shapes.update({f"{PREFIX}{name}.{key}": value.shape for key, value in module.state_dict().items()})
+    for target in targets.tokens:
+        if target.tied_to is None:
+            shapes[f"{PREFIX}{target.name}.{DELTA}"] = (len(target.indices), below(target.module).weight.shape[1])
     return shapes
 
 
 def _embedding_keys(model, adapter_name, wanted, warn=True):
     """The base weights of the input and output embeddings, where they are to be saved."""
-    targets = model.peft_config[adapter_name].target_modules
-    targeted = not isinstance(targets, str) and any(name in targets for name in _EMBEDDING_NAMES)
+    config = model.peft_config[adapter_name]
+    targeted = _targets_embeddings(model, config)
     if wanted == "auto":
-        wanted = targeted
+        wanted = targeted and config.trainable_token_indices is None
         if wanted and warn:
             warnings.warn("embeddings are targeted: their base weights are saved too", stacklevel=3)
+        elif not wanted and _vocabulary_changed(model, config):
+            warnings.warn("the vocabulary was resized: the base weights of the embeddings are saved too", stacklevel=3)
+            wanted = True
     if not wanted or not hasattr(model, "get_input_embeddings"):
         return {}
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    bases = [layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers if layer is not None]
+    layers = [layer for layer in layers if layer is not None and (not targeted or isinstance(layer, LoraLayer))]
+    bases = [layer if isinstance(layer, ModulesToSaveWrapper) else below(layer) for layer in layers]
     keys = {}
     for path, module in model.named_modules():
-        if any(module is base for base in bases) and (not targeted or path.endswith(".base_layer")):
+        if any(module is base for base in bases):
             keys.update({f"{path}.{name}": f"{path}.{name}" for name in module.state_dict()})
     return keys
+
+
+def _targets_embeddings(model, config):
+    targets = config.target_modules
+    if not isinstance(targets, str):
+        return any(name in targets for name in EMBEDDING_NAMES)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in EMBEDDING_NAMES]
+    return any(re.fullmatch(targets, name) for name in names)
+
+
+def _vocabulary_changed(model, config):
+    """Whether the model has another ``vocab_size`` than the folder it was loaded from says."""
+    now = getattr(model, "config", None)
+    size, folder = getattr(now, "vocab_size", None), config.base_model_name_or_path
+    if not size or not folder or not os.path.isfile(os.path.join(folder, "config.json")):
+        return False
+    return type(now).from_pretrained(folder).vocab_size != size
+
+
+def _ties(model, adapter_name, keys, tensors):
+    """The ties of an adapter that the tensors agree with; the others are parted, with a warning.
+
+    PEFT ties the factors of an output head alone, so that those of the embeddings of encoder and decoder may differ.
+    """
+    ties = {tie for m in model.modules() if isinstance(m, LoraLayer) for tie in m._ties}
+    ties = [tie for tie in ties if tie.adapter_name == adapter_name]
+    loaded = {id(_tensor(model, keys[key])): tensor for key, tensor in tensors.items() if key in keys} if ties else {}
+    kept = []
+    for tie in ties:
+        values = [(loaded.get(id(own)), loaded.get(id(source))) for own, source in tie.pairs()]
+        if all(v is not None and w is not None and torch.equal(tie.turned(w), v) for v, w in values):
+            kept.append(tie)
+        else:
+            tie.cut()
+            warnings.warn(
+                "ensure_weight_tying: the adapters of tied layers differ in these tensors; they are loaded as they are",
+                stacklevel=4,
+            )
+    return kept
 
 
 def _tensor(model, key):

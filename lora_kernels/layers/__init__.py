@@ -1,11 +1,13 @@
 """LoRA layers: one file a kind of base layer, all on ``LoraLayer``, which owns the state of the adapters."""
 
 from .attention import LoraAttention
+from .auxiliary import AuxiliaryTrainingWrapper
 from .base import LoraLayer
 from .conv import LoraConv
 from .embedding import LoraEmbedding
 from .linear import LoraLinear
 from .saved import ModulesToSaveWrapper
+from .tokens import TrainableTokensLayer, TrainableTokensWrapper
 from .transposed import LoraTransposed
 
 # A base layer gets the first of these that accepts it.
@@ -19,6 +21,7 @@ def layer_class(module):
 
 __all__ = [
     "KINDS",
+    "AuxiliaryTrainingWrapper",
     "LoraAttention",
     "LoraConv",
     "LoraEmbedding",
@@ -26,5 +29,7 @@ __all__ = [
     "LoraLinear",
     "LoraTransposed",
     "ModulesToSaveWrapper",
+    "TrainableTokensLayer",
+    "TrainableTokensWrapper",
     "layer_class",
 ]

@@ -41,6 +41,8 @@ class LoraLayer(MergedWeight, nn.Module):
     scaling_factor = 1.0  # on top of lora_alpha / r: for adapters that were trained with a defect of PEFT
     several = False  # whether the weight is a stack of matrices
     stored_transposed = False  # whether the weight is (in_features, out_features)
+    _ties = ()  # see layers/tied.py
+    _shared = None  # the weight that is kept aside while a copy of it is merged into
 
     def __init__(self, base_layer):
         super().__init__()
@@ -216,6 +218,9 @@ class LoraLayer(MergedWeight, nn.Module):
         self._reroute()
 
     def _drop(self, adapter_name):
+        for tie in self._ties:
+            if tie.adapter_name == adapter_name:
+                tie.forget()
         for name in self.adapter_layer_names + self.other_param_names:
             entries = getattr(self, name)
             if adapter_name in entries:
@@ -409,6 +414,8 @@ class LoraLayer(MergedWeight, nn.Module):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         self.scaling.refill(self._buffers)
+        for tie in self._ties:
+            tie.renew()
         return self
 
     def __setstate__(self, state):

@@ -4,25 +4,28 @@ import copy
 
 from torch import nn
 
-from .mixed import Batch, Rows, run_saved
+from .auxiliary import AuxiliaryTrainingWrapper
+from .mixed import Batch, run_saved
 
 
-class ModulesToSaveWrapper(nn.Module):
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """Calls the copy of the active adapter in ``modules_to_save``, or ``original_module``."""
 
     adapter_layer_names = ("modules_to_save",)
-    other_param_names = ()
-    merged_adapters = ()
-    merged = False
 
     def __init__(self, module):
         super().__init__()
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
-        self._active_adapter = []
-        self._disable_adapters = False
-        self._rows = Rows()
         self.train(module.training)
+
+    def adapter_names(self):
+        """The adapters that have a copy."""
+        return list(self.modules_to_save)
+
+    def unwrap(self):
+        """What stays when the wrapper goes: the copy in use, or the module as it was."""
+        return self._current()
 
     def _current(self):
         active = [n for n in self._active_adapter if n in self.modules_to_save]
@@ -42,24 +45,15 @@ class ModulesToSaveWrapper(nn.Module):
                 raise
             return getattr(self._current(), name)
 
-    @property
-    def active_adapters(self):
-        return list(self._active_adapter)
+    def add(self, adapter_name, tied_to=None):
+        """Gives an adapter its copy; frozen until :meth:`set_adapter`.
 
-    @property
-    def disable_adapters(self):
-        return self._disable_adapters
-
-    def add(self, adapter_name):
-        """Gives an adapter its copy; frozen until :meth:`set_adapter`."""
-        self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module).requires_grad_(False)
-
-    def check_set_adapter(self, adapter_names):
-        """ValueError when two of the adapters have a copy: there is no way to choose."""
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        mine = [n for n in names if n in self.modules_to_save]
-        if len(mine) > 1:
-            raise ValueError(f"adapter_name: {mine} each save this module in full; only one of them can be active")
+        ``tied_to``: the wrapper of the input embedding; the new copy has the weight of the copy there.
+        """
+        copied = {}  # what deepcopy takes as copied already
+        if tied_to is not None:
+            copied = {id(self.original_module.weight): tied_to.modules_to_save[adapter_name].weight}
+        self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module, copied).requires_grad_(False)
 
     def set_adapter(self, adapter_names, inference_mode=False):
         """Makes the copy of the adapter current and trainable; the base module when it has none."""

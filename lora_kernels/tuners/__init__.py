@@ -1,6 +1,6 @@
 """Names that users of PEFT import from ``peft.tuners``."""
 
-from . import tuners_utils
+from . import trainable_tokens, tuners_utils
 from .lora import LoraConfig, LoraModel, LoraRuntimeConfig
 
-__all__ = ["LoraConfig", "LoraModel", "LoraRuntimeConfig", "tuners_utils"]
+__all__ = ["LoraConfig", "LoraModel", "LoraRuntimeConfig", "trainable_tokens", "tuners_utils"]

@@ -4,7 +4,7 @@ from ..config import CONFIG_NAME, PeftType, TaskType
 from ..errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from ..io.checkpoint import PICKLE_NAME as WEIGHTS_NAME
 from ..io.checkpoint import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
-from ..layers import ModulesToSaveWrapper
+from ..layers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from ..targeting import DEFAULT_TARGETS as TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from . import hotswap
 from .other import cast_mixed_precision_params, infer_device, prepare_model_for_kbit_training
@@ -21,12 +21,14 @@ __all__ = [
     "SAFETENSORS_WEIGHTS_NAME",
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     "WEIGHTS_NAME",
+    "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
     "NoMatchingPeftModuleError",
     "PeftError",
     "PeftType",
     "PeftWarning",
     "TaskType",
+    "TrainableTokensWrapper",
     "cast_mixed_precision_params",
     "get_base_model_state_dict",
     "get_peft_model_state_dict",

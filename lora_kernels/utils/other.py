@@ -4,15 +4,30 @@ import collections
 
 import torch
 
-from ..layers import LoraLayer, ModulesToSaveWrapper
+from ..layers import (
+    AuxiliaryTrainingWrapper,
+    LoraLayer,
+    ModulesToSaveWrapper,
+    TrainableTokensLayer,
+    TrainableTokensWrapper,
+)
+from ..tying import names_tied_to_embedding
 
 __all__ = [
+    "AuxiliaryTrainingWrapper",
+    "ModulesToSaveWrapper",
+    "TrainableTokensWrapper",
     "cast_mixed_precision_params",
     "get_base_model_state_dict",
     "infer_device",
     "prepare_model_for_kbit_training",
     "set_base_model_state_dict",
 ]
+
+
+def _get_module_names_tied_with_embedding(model):
+    """:func:`names_tied_to_embedding` of a model, or of the base model of one with adapters."""
+    return names_tied_to_embedding(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
 
 def infer_device():
@@ -45,12 +60,12 @@ def _base_keys(model):
     keys = {}
     for path, module in model.named_modules():
         inside = path.split(".")
-        if any(part.startswith("lora_") or part == "modules_to_save" for part in inside):
+        if any(part.startswith(("lora_", "trainable_tokens_")) or part == "modules_to_save" for part in inside):
             continue
         owned = [n for n, p in module.named_parameters(recurse=False)]
         owned += [n for n in module._buffers if n not in module._non_persistent_buffers_set]
-        plain = ".".join(part for part in inside if part not in ("base_layer", "original_module"))
-        if not isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+        plain = ".".join(part for part in inside if part not in ("base_layer", "original_module", "token_adapter"))
+        if not isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper, TrainableTokensLayer)):
             keys.update({f"{plain}.{n}".lstrip("."): f"{path}.{n}".lstrip(".") for n in owned})
     return keys
 

@@ -352,15 +352,36 @@ def test_merging_twice_and_deleting_merged_are_refused():
     assert all(torch.equal(v, before[k]) for k, v in weights(model).items())
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("targets", ["q_proj", "layers.0.q_proj"])
-def test_tied_weights_are_not_merged_into(targets):
+def test_merging_into_a_shared_weight_changes_only_its_own_layer(targets, exact):
     base = tiny()
-    base.layers[1].q_proj.weight = base.layers[0].q_proj.weight
-    model = randomize(get_peft_model(base, LoraConfig(target_modules=[targets])))
-    before = weights(model)
-    with pytest.raises(ValueError, match="share one weight"):
-        model.merge_adapter()
+    shared = base.layers[1].q_proj.weight = base.layers[0].q_proj.weight
+    model = randomize(get_peft_model(base, LoraConfig(target_modules=[targets]))).eval()
+    before, y = weights(model), model(token_ids())
+    model.merge_adapter(exact=exact)
+    torch.testing.assert_close(model(token_ids()), y)
+    assert torch.equal(shared, before["base_model.model.layers.0.q_proj.base_layer.weight"])
+    model.unmerge_adapter()
+    assert torch.equal(model(token_ids()), y)
+    layers = model.get_base_model().layers
+    assert all(layer.q_proj.weight is shared for layer in layers)
     assert all(torch.equal(v, before[k]) for k, v in weights(model).items())
+
+
+def test_a_failed_merge_leaves_a_shared_weight_shared(monkeypatch):
+    base = tiny()
+    shared = base.layers[1].q_proj.weight = base.layers[0].q_proj.weight
+    model = randomize(get_peft_model(base, LoraConfig(target_modules=["q_proj"])))
+    layers = [layer.q_proj for layer in model.get_base_model().layers]
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(layers[1], "merge", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        model.merge_adapter()
+    assert all(layer.weight is shared and not layer.merged for layer in layers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,114 @@
+"""Weights that several modules share: adapters that are shared with them, and merging into one of the modules alone."""
+
+import copy
+
+import torch
+from torch import nn
+
+from .embedding import LoraEmbedding
+
+
+class Tie:
+    """The factors of one adapter of a layer are those of the input embedding: ``ensure_weight_tying``.
+
+    Two parameters on one storage, as in PEFT: an output head has the transposed factors. What replaces a tensor (a
+    change of dtype or device, loading) parts them, and :meth:`renew` brings them together again.
+    """
+
+    def __init__(self, adapter_name, leader, follower, start):
+        """``start``: the factors start as the follower's did, as PEFT has it; else as those of the embedding."""
+        self.adapter_name, self.leader, self.follower = adapter_name, leader, follower
+        for own, source in self.pairs() if start else ():
+            if not own.is_meta:
+                source.data.copy_(self.turned(own.data))
+        self.renew()
+        for layer in (leader, follower):
+            layer.__dict__["_ties"] = (*layer._ties, self)
+
+    def pairs(self):
+        """``[(parameter of the follower, parameter of the embedding)]``."""
+        name, leader, follower = self.adapter_name, self.leader, self.follower
+        a, b = leader.lora_embedding_A[name], leader.lora_embedding_B[name]
+        if isinstance(follower, LoraEmbedding):
+            return [(follower.lora_embedding_A[name], a), (follower.lora_embedding_B[name], b)]
+        return [(follower.lora_A[name].weight, b), (follower.lora_B[name].weight, a)]
+
+    def turned(self, factor):
+        """A factor of the embedding as the follower has it."""
+        return factor if isinstance(self.follower, LoraEmbedding) else factor.t()
+
+    def renew(self):
+        """Puts the follower's parameters on the storage of the embedding's, where dtype and device are the same."""
+        for own, source in self.pairs():
+            data = self.turned(source.data)
+            if own.dtype is data.dtype and own.device == data.device and own.data_ptr() != data.data_ptr():
+                own.data = data
+
+    def cut(self):
+        """Parts the two for good."""
+        for own, source in self.pairs():
+            if own.data_ptr() == source.data_ptr():
+                own.data = own.data.clone()
+        self.forget()
+
+    def forget(self):
+        """No layer knows of it any more."""
+        for layer in (self.leader, self.follower):
+            layer.__dict__["_ties"] = tuple(tie for tie in layer._ties if tie is not self)
+
+
+def part(layers, model):
+    """Gives a weight of its own to each of ``layers`` whose weight other modules use too, so that it can be merged.
+
+    What was merged into the shared weight would change what the others compute.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    users, used = {}, {}  # of each parameter and of each module: the layers around it, or it itself
+    for path, module in modules.items():
+        owner = modules[path.rpartition(".")[0]] if path.endswith("base_layer") else module
+        used.setdefault(id(module), set()).add(id(owner))
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), {})[id(owner)] = owner
+    for layer in layers:
+        weight = layer.get_base_layer()._parameters.get(layer.weight_name)
+        owners = users.get(id(weight), {})
+        family = [layer, *(o for o in owners.values() if o is not layer and getattr(o, "holder", None) is layer)]
+        if len(owners) > 1 and set(owners) - {id(one) for one in family}:
+            own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            for one in family:
+                _give(one, own, len(used[id(one.get_base_layer())]) > 1)
+
+
+def _give(layer, weight, module_is_shared):
+    holder = layer
+    while hasattr(holder.base_layer, "base_layer"):
+        holder = holder.base_layer
+    base = holder.base_layer
+    layer.__dict__["_shared"] = holder, base, base._parameters[layer.weight_name]
+    if module_is_shared:
+        base = copy.copy(base)
+        base.__dict__["_parameters"] = dict(base._parameters)
+        holder._modules["base_layer"] = base
+    base._parameters[layer.weight_name] = weight
+
+
+def rejoin(layers):
+    """Gives back the weight that they shared to those of ``layers`` that were parted and hold nothing merged now."""
+    for layer in layers:
+        if layer._shared is not None and not layer.merged:
+            holder, base, weight = layer._shared
+            holder._modules["base_layer"] = base
+            base._parameters[layer.weight_name] = weight
+            layer.__dict__["_shared"] = None
+
+
+def tie_equal(layers):
+    """Layers that shared a weight, and were parted and merged to the same bits, share one again."""
+    first = {}
+    for layer in layers:
+        if layer._shared is not None:
+            base, before = layer.get_base_layer(), layer._shared[2]
+            other = first.setdefault(id(before), base._parameters[layer.weight_name])
+            if torch.equal(other, base._parameters[layer.weight_name]):
+                base._parameters[layer.weight_name] = other
