@@ -114,7 +114,7 @@ def find_targets(model, config):
 
 
 def _resolve(model, config):
-    """A copy of ``config`` whose ``target_modules`` and ``modules_to_save`` name modules of this model, and its ties."""
+    """A copy of ``config`` whose ``target_modules`` and ``modules_to_save`` are of this model, and its ties."""
     unknown, config = config._unknown, copy.copy(config)
     config._unknown = dict(unknown)
     for name in ("target_modules", "exclude_modules"):

@@ -75,7 +75,7 @@ def input_embeddings_name(model, default=None):
 
 
 def _paths_read(model):
-    """The paths under which ``get_input_embeddings`` finds the input embedding: a model may hold it under others too."""
+    """The paths under which ``get_input_embeddings`` finds the input embedding; a model may have it under others."""
     if not hasattr(model, "get_input_embeddings"):
         return []
     embedding = model.get_input_embeddings()

@@ -102,10 +102,8 @@ def adapter_keys(model, adapter_name):
             if adapter_name in module.modules_to_save:
                 for key in module.modules_to_save[adapter_name].state_dict():
                     required[f"{path}.{key}"] = f"{path}.modules_to_save.{adapter_name}.{key}"
-        elif isinstance(module, TrainableTokensWrapper):
-            # Of tied rows only those of the embedding are saved.
-            if module.token_adapter.tied_adapter is None and adapter_name in module.adapter_names():
-                required[f"{path}.{DELTA}"] = f"{path}.{DELTA}.{adapter_name}"
+        elif isinstance(module, TrainableTokensWrapper) and adapter_name in module.saved_adapters():
+            required[f"{path}.{DELTA}"] = f"{path}.{DELTA}.{adapter_name}"
         owner = bias == "all" or (bias == "lora_only" and path.endswith(".base_layer"))
         if owner and module._parameters.get("bias") is not None and not path.startswith(copies or "\0"):
             optional[f"{path}.bias"] = f"{path}.bias"

@@ -353,6 +353,10 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         """All adapters with rows here."""
         return self.token_adapter.adapter_names()
 
+    def saved_adapters(self):
+        """Those whose rows are saved from here: tied rows are those of the embedding."""
+        return self.adapter_names() if self.token_adapter.tied_adapter is None else []
+
     @property
     def original_module(self):
         return self.token_adapter.base_layer

@@ -30,10 +30,9 @@ class Stack(nn.Module):
 class Decoder(nn.Module):
     """Token ids (batch, length) -> logits (batch, length, VOCABULARY)."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
     def __init__(self, tied, dim=8, bias=False, **options):
         super().__init__()
+        self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
         self.config, self.model = Config(tied), Stack(dim, **options)
         self.lm_head = nn.Linear(dim, VOCABULARY, bias=bias)
         if tied:
@@ -55,12 +54,10 @@ class Decoder(nn.Module):
 class EncoderDecoder(nn.Module):
     """One weight for the embeddings of encoder and decoder, the one that they share, and the head."""
 
-    _tied_weights_keys = {
-        f"{name}.weight": "shared.weight" for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
-    }
-
     def __init__(self, tied=True, dim=8):
         super().__init__()
+        names = ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+        self._tied_weights_keys = {f"{name}.weight": "shared.weight" for name in names}
         self.config, self.shared = Config(tied), nn.Embedding(VOCABULARY, dim)
         self.encoder, self.decoder = Stack(dim), Stack(dim)
         self.lm_head = nn.Linear(dim, VOCABULARY, bias=False)
