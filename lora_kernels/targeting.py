@@ -109,8 +109,24 @@ def find_targets(model, config):
     plan.saved = _saved_modules(model, config, ties.saved)
     plan.saved_tied = {name: ties.embedding for name, _ in plan.saved if name in ties.saved}
     plan.tokens = token_targets(model, config, {target.name for target in plan.lora})
+    _check_nesting(plan)
     _warn_unused(config, names, plan, excluded)
     return plan
+
+
+def _check_nesting(plan):
+    """ValueError for a module inside of one that is replaced: what is put in its place would not be called."""
+    outer = {target.name: "target_modules" for target in plan.lora}
+    outer |= {name: "modules_to_save" for name, _ in plan.saved}
+    inner = [("target_modules", target.name) for target in plan.lora]
+    inner += [("modules_to_save", name) for name, _ in plan.saved]
+    inner += [("trainable_token_indices", target.name) for target in plan.tokens]
+    for field_name, name in inner:
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            around = ".".join(parts[:end])
+            if around in outer:
+                raise ValueError(f"{field_name}: '{name}' is inside of '{around}' ({outer[around]}); name one of them")
 
 
 def _resolve(model, config):
@@ -166,7 +182,7 @@ def _check_pattern(name, pattern):
 def _all_linear(model, config):
     """Every linear layer but the output head, and but the projections that a module uses without calling them."""
     heads = set()
-    if hasattr(model, "get_output_embeddings"):
+    if any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__):  # as PEFT: of transformers' alone
         head = model.get_output_embeddings()
         if head is None and config.task_type == "SEQ_CLS":
             head = next((h for h in (getattr(model, n, None) for n in TASK_HEADS["SEQ_CLS"]) if h is not None), None)

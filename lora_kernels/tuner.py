@@ -56,6 +56,12 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
                 raise
             return getattr(self.model, name)
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for layer in self.layers():  # a copied parameter has a storage of its own
+            for tie in layer._ties:
+                tie.renew()
+
     @property
     def active_adapters(self):
         return list(self._active)

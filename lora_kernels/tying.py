@@ -96,12 +96,15 @@ def _is_read(model, path):
 def resolve_ties(model, config):
     """The :class:`Ties` of an adapter; ``config``, a copy, then names the embedding instead of what is tied to it."""
     ties, targets = Ties(), config.target_modules
-    if isinstance(targets, str):
-        targeted = any(re.fullmatch(targets, name) for name in EMBEDDING_NAMES)
-    else:
-        targeted = any(name.split(".")[-1] in EMBEDDING_NAMES for name in targets or ())
-    saved = any(name.split(".")[-1] in EMBEDDING_NAMES for name in config.modules_to_save or ())
     tied = names_tied_to_embedding(model)
+    embeddings = EMBEDDING_NAMES
+    if config.ensure_weight_tying and tied:  # which, in a saved config, stands for all that is tied to it
+        embeddings = (*EMBEDDING_NAMES, input_embeddings_name(model, ""))
+    if isinstance(targets, str):
+        targeted = any(re.fullmatch(targets, name) for name in embeddings)
+    else:
+        targeted = any(_named(name, embeddings) for name in targets or ())
+    saved = any(_named(name, embeddings) for name in config.modules_to_save or ())
     if not config.ensure_weight_tying:
         if (saved or targeted) and tied:
             _warn(
@@ -121,14 +124,13 @@ def resolve_ties(model, config):
         ties.embedding = input_embeddings_name(model, "")
         if saved:
             ties.saved = tied
-            names = list(dict.fromkeys([*config.modules_to_save, ties.embedding]))
-            config.modules_to_save = _without_tied(names, tied)
+            config.modules_to_save = _without_tied(config.modules_to_save, ties)
         else:
             ties.lora = tied
             if isinstance(targets, str):
                 config.target_modules = rf"(?:{targets}|^{re.escape(ties.embedding)}$)"
             else:
-                config.target_modules = set(_without_tied([*targets, ties.embedding], tied))
+                config.target_modules = set(_without_tied(targets, ties))
     return ties
 
 
@@ -178,9 +180,16 @@ def note_untied(model):
         )
 
 
-def _without_tied(names, tied):
-    """``names`` without the first that covers each of the ``tied`` ones."""
-    for key in tied:
+def _named(name, embeddings):
+    return name in embeddings or name.split(".")[-1] in EMBEDDING_NAMES
+
+
+def _without_tied(names, ties):
+    """``names`` with the embedding, and without the first that covers each of those that are tied to it."""
+    names = list(dict.fromkeys([*names, ties.embedding]))
+    if ties.embedding.split(".")[-1] not in EMBEDDING_NAMES:
+        return names  # else PEFT, when it reads this config, would see no embedding in it
+    for key in ties.saved or ties.lora:
         found = next((name for name in names if re.match(rf"(^|.*\.){name}($|\..*)", key)), None)
         names = [name for name in names if name != found]
     return names

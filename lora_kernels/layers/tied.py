@@ -21,7 +21,7 @@ class Tie:
         for own, source in self.pairs() if start else ():
             if not own.is_meta:
                 source.data.copy_(self.turned(own.data))
-        self.renew()
+        self._share(lambda own, data: True)
         for layer in (leader, follower):
             layer.__dict__["_ties"] = (*layer._ties, self)
 
@@ -38,10 +38,14 @@ class Tie:
         return factor if isinstance(self.follower, LoraEmbedding) else factor.t()
 
     def renew(self):
-        """Puts the follower's parameters on the storage of the embedding's, where dtype and device are the same."""
+        """Puts the follower's parameters on the storage of the embedding's again, where the values are the same."""
+        self._share(torch.equal)
+
+    def _share(self, wanted):
         for own, source in self.pairs():
             data = self.turned(source.data)
-            if own.dtype is data.dtype and own.device == data.device and own.data_ptr() != data.data_ptr():
+            same_kind = own.dtype is data.dtype and own.device == data.device
+            if same_kind and own.data_ptr() != data.data_ptr() and wanted(own.data, data):
                 own.data = data
 
     def cut(self):

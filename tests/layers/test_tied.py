@@ -1,0 +1,436 @@
+"""``ensure_weight_tying``, and weights and modules that a model has under several names, against peft."""
+
+import copy
+import pickle
+import warnings
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import lora_kernels as lk
+from lora_kernels.layers import ModulesToSaveWrapper
+
+from .lm import Decoder, EncoderDecoder, ids
+from .oracle import close, gradients, same
+from .test_tokens import randomize
+
+KINDS = {"decoder": Decoder, "encoder-decoder": EncoderDecoder}
+
+
+def make(kind="decoder", tied=True, says_so=True, **options):
+    torch.manual_seed(0)
+    model = KINDS[kind](tied, **options)
+    model.config.tie_word_embeddings = says_so
+    return model
+
+
+def pair(base=make, **config):
+    models = []
+    for library in (lk, peft):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = library.get_peft_model(base(), library.LoraConfig(**{"r": 3, **config}))
+        models.append(model.eval())
+    ours, theirs = models
+    for module in theirs.modules():
+        getattr(module, "kwargs", {}).pop("tied_adapter", None)  # with which peft's model can not be copied
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    return ours, theirs
+
+
+def equalize(ours, theirs):
+    randomize(theirs)
+    ours.load_state_dict(theirs.state_dict())
+
+
+def caught(library, base, **config):
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        model = library.get_peft_model(base(), library.LoraConfig(**config))
+    kinds = ("no tied modules were found", "no tied modules are added", "`ensure_weight_tying` is not set to True")
+    kinds += ("the model does not have tied weights",)
+    return model, [kind for kind in kinds if any(kind in str(w.message) for w in record)]
+
+
+@pytest.mark.parametrize("ensure", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ".*(q_proj|lm_head)$"},
+        {"target_modules": ".*lm_head$"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["model.embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1], "lm_head": [1]}},
+    ],
+)
+def test_what_is_wrapped_warned_of_and_saved_is_what_peft_does(config, tied, ensure):
+    def base():
+        return make(tied=tied, says_so=tied)
+
+    ours, warned = caught(lk, base, **config, ensure_weight_tying=ensure)
+    theirs, expected = caught(peft, base, **config, ensure_weight_tying=ensure)
+    assert warned == expected
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    a, b = ours.peft_config["default"], theirs.peft_config["default"]
+    assert set(a.modules_to_save or ()) == set(b.modules_to_save or ())
+    assert a.target_modules == b.target_modules
+    storages = []
+    for model in (ours, theirs):
+        pointers = [p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False)]
+        storages.append([pointers.index(p) for p in pointers])
+    assert storages[0] == storages[1]
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+
+
+def shared_storage(layer, head):
+    a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    return (a.data_ptr(), b.data_ptr()) == (
+        head.lora_B["default"].weight.data_ptr(),
+        head.lora_A["default"].weight.data_ptr(),
+    )
+
+
+def parts_of(model):
+    base = model.get_base_model()
+    return base.model.embed_tokens, base.lm_head
+
+
+def test_tied_factors_stay_one_storage_through_copies_moves_and_loading(tmp_path):
+    config = {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}
+    ours, theirs = pair(**config)
+    equalize(ours, theirs)
+    same(ours, theirs, (ids(),))
+    gradients(ours, theirs, (ids(),))
+    y = ours(ids())
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours).double().float()):
+        assert shared_storage(*parts_of(twin))
+        assert torch.equal(twin(ids()), y)
+    assert not shared_storage(*parts_of(copy.deepcopy(theirs).double()))  # peft's come apart
+    for library, model in ((lk, ours), (peft, theirs)):
+        model.save_pretrained(tmp_path / library.__name__)
+    a, b = (load_file(tmp_path / side.__name__ / "adapter_model.safetensors") for side in (lk, peft))
+    assert sorted(a) == sorted(b)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for side in (lk, peft):
+            for low in (False, True):
+                folder = str(tmp_path / side.__name__)
+                loaded = lk.PeftModel.from_pretrained(make(), folder, low_cpu_mem_usage=low).eval()
+                assert shared_storage(*parts_of(loaded))
+                close(loaded(ids()), y.double())
+    loaded = peft.PeftModel.from_pretrained(make(), str(tmp_path / "lora_kernels")).eval()
+    close(loaded(ids()), y.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_tie_their_float32_factors_where_peft_parts_them(dtype):
+    config = {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}
+    ours, theirs = pair(lambda: make().to(dtype), **config)
+    assert parts_of(ours)[0].lora_embedding_A["default"].dtype is torch.float32
+    assert shared_storage(*parts_of(ours))
+    assert not shared_storage(*parts_of(theirs))
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "pissa", "olora", "orthogonal"])
+def test_tied_factors_start_without_effect_on_the_base(init):
+    config = {"target_modules": ["lm_head"], "ensure_weight_tying": True, "init_lora_weights": init, "r": 2}
+    ours, base = pair(**config)[0], make()
+    weight = ours.get_base_model().lm_head.weight
+    assert torch.equal(weight, base.lm_head.weight)
+    assert weight is ours.get_base_model().model.embed_tokens.weight
+    assert shared_storage(*parts_of(ours))
+    changed = (ours(ids()) - base(ids())).abs().max().item()
+    assert (changed > 0.01) == (init is False)
+
+
+def test_rank_and_alpha_patterns_of_tied_layers_are_those_of_the_embedding():
+    config = {"target_modules": ["lm_head"], "ensure_weight_tying": True}
+    config |= {"rank_pattern": {"embed_tokens": 2, "lm_head": 5}, "alpha_pattern": {"lm_head": 3}}
+    layer, head = parts_of(lk.get_peft_model(make(), lk.LoraConfig(**config)))
+    assert (layer.r, layer.scaling["default"]) == (head.r, head.scaling["default"]) == ({"default": 2}, 4.0)
+    assert shared_storage(layer, head)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_merging_tied_factors_adds_them_once_where_peft_adds_them_twice(exact):
+    ours, theirs = pair(target_modules=["q_proj", "lm_head"], ensure_weight_tying=True)
+    equalize(ours, theirs)
+    y, before = ours(ids()), [p.clone() for p in ours.parameters()]
+    shared = parts_of(ours)[0].weight
+    with pytest.warns(UserWarning, match=r"tied_target_modules=\['model.embed_tokens', 'lm_head'\]"):
+        ours.merge_adapter(exact=exact)
+    close(ours(ids()), y.double())
+    ours.unmerge_adapter()
+    assert parts_of(ours)[0].weight is parts_of(ours)[1].weight is shared
+    rows = [torch.equal(a, b) for a, b in zip(ours.parameters(), before, strict=True)]
+    assert all(rows) if exact else rows[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain, doubled = ours.merge_and_unload(), theirs.merge_and_unload()
+    close(plain(ids()), y.double())
+    assert plain.model.embed_tokens.weight is plain.lm_head.weight
+    assert plain.config.tie_word_embeddings
+    assert (doubled(ids()) - y).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_merging_into_one_of_two_tied_layers_unties_them_where_peft_changes_both(targets, safe):
+    ours, theirs = pair(target_modules=targets)
+    equalize(ours, theirs)
+    y = ours(ids())
+    with pytest.warns(UserWarning, match="tied_target_modules") as record:
+        plain = ours.merge_and_unload(safe_merge=safe)
+    assert any("Setting `tie_word_embeddings=False` in the model config" in str(w.message) for w in record)
+    close(plain(ids()), y.double())
+    assert plain.config.tie_word_embeddings is False
+    with pytest.warns(UserWarning, match="tied_target_modules"):
+        theirs = theirs.merge_and_unload(safe_merge=safe)
+    assert (theirs(ids()) - y).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["lm_head"]])
+def test_merging_without_tied_targets_warns_of_nothing(targets):
+    ours, _ = pair(lambda: make(tied=targets == ["q_proj"], says_so=targets == ["q_proj"]), target_modules=targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = ours.merge_and_unload()
+    assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == (targets == ["q_proj"])
+
+
+# Modules saved in full
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_tied_copies_have_one_weight(saved, tmp_path):
+    config = {"target_modules": ["q_proj"], "modules_to_save": saved, "ensure_weight_tying": True}
+    ours, theirs = pair(**config)
+    equalize(ours, theirs)
+    same(ours, theirs, (ids(),))
+    gradients(ours, theirs, (ids(),))
+    y = ours(ids())
+    embedding, head = parts_of(ours)
+    assert embedding.weight is head.weight is not embedding.original_module.weight
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    for side in ("ours", "theirs"):
+        for library in (lk, peft):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                loaded = library.PeftModel.from_pretrained(make(), str(tmp_path / side)).eval()
+            close(loaded(ids()), y.double())
+            assert parts_of(loaded)[0].weight is parts_of(loaded)[1].weight
+    plain = ours.merge_and_unload()
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    close(plain(ids()), y.double())
+
+
+def test_a_tied_copy_of_a_head_keeps_its_bias_where_peft_drops_it():
+    config = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}
+
+    def base():
+        return make(bias=True)
+
+    ours = lk.get_peft_model(base(), lk.LoraConfig(**config))
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**config))
+    close(ours(ids()), base()(ids()).double())
+    assert (theirs(ids()) - base()(ids())).abs().max() > 0.01
+
+
+# Encoder and decoder
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_copies_of_encoder_and_decoder_work_where_pefts_do_not(saved):
+    config = {"target_modules": ["q_proj"], "modules_to_save": saved, "ensure_weight_tying": True}
+    ours, theirs = pair(lambda: make("encoder-decoder"), **config)
+    base = ours.get_base_model()
+    wrappers = [base.shared, base.encoder.embed_tokens, base.decoder.embed_tokens, base.lm_head]
+    assert all(isinstance(w, ModulesToSaveWrapper) and w.weight is base.shared.weight for w in wrappers)
+    close(ours(ids()), make("encoder-decoder")(ids()).double())
+    with pytest.raises(RuntimeError):
+        theirs(ids())  # an output head in the place of an embedding
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_factors_of_encoder_and_decoder_are_tied_where_peft_ties_the_head_alone(targets, tmp_path):
+    config = {"target_modules": ["q_proj", *targets], "ensure_weight_tying": True}
+    ours, theirs = pair(lambda: make("encoder-decoder"), **config)
+    pointers = []
+    for model in (ours, theirs):
+        base = model.get_base_model()
+        embeddings = base.shared, base.encoder.embed_tokens, base.decoder.embed_tokens
+        assert all(hasattr(layer, "lora_A") for layer in (*embeddings, base.lm_head))
+        assert shared_storage(base.shared, base.lm_head)
+        pointers.append(len({layer.lora_embedding_A["default"].data_ptr() for layer in embeddings}))
+    assert pointers == [1, 3]
+    # A checkpoint of peft, whose adapters differ, is loaded as it is.
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="they are loaded as they are"):
+        loaded = lk.PeftModel.from_pretrained(make("encoder-decoder"), str(tmp_path)).eval()
+    close(loaded(ids()), theirs(ids()).double())
+    randomize(ours)
+    y = ours(ids())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours.save_pretrained(tmp_path)
+        again = peft.PeftModel.from_pretrained(make("encoder-decoder"), str(tmp_path)).eval()
+        close(again(ids()), y.double())
+        again = lk.PeftModel.from_pretrained(make("encoder-decoder"), str(tmp_path)).eval()
+        close(again(ids()), y.double())
+        plain = ours.merge_and_unload()
+    close(plain(ids()), y.double())
+    assert len({id(p) for p in (plain.shared.weight, plain.encoder.embed_tokens.weight, plain.lm_head.weight)}) == 1
+
+
+# Modules that a model has under several names, or inside of others
+
+
+def test_a_module_under_two_names_is_adapted_under_the_first_and_merged_for_it_alone():
+    def twice():
+        model = make("encoder-decoder", tied=False, says_so=False)
+        model.decoder.q_proj = model.encoder.q_proj
+        return model
+
+    ours, theirs = pair(twice, target_modules=["q_proj"])
+    equalize(ours, theirs)
+    same(ours, theirs, (ids(),))
+    y, shared = ours(ids()), ours.get_base_model().decoder.q_proj
+    assert type(shared) is nn.Linear
+    ours.merge_adapter()
+    theirs.merge_adapter()
+    close(ours(ids()), y.double())
+    assert (theirs(ids()) - y).abs().max() > 0.01  # both names have the update
+    ours.unmerge_adapter()
+    assert ours.get_base_model().encoder.q_proj.base_layer is shared
+    assert torch.equal(ours(ids()), y)
+
+
+def test_a_shared_block_is_adapted_and_merged_once():
+    def twice():
+        model = make("encoder-decoder", tied=False, says_so=False)
+        model.decoder = model.encoder
+        return model
+
+    ours, theirs = pair(twice, target_modules=["q_proj", "embed_tokens"])
+    equalize(ours, theirs)
+    same(ours, theirs, (ids(),))
+    gradients(ours, theirs, (ids(),))
+    y = ours(ids())
+    weight = ours.get_base_model().encoder.q_proj.weight
+    for model in (ours, theirs):
+        model.merge_adapter()
+        close(model(ids()), y.double())
+    assert ours.get_base_model().encoder.q_proj.weight is weight
+    plain = ours.merge_and_unload()
+    assert plain.encoder is plain.decoder
+    close(plain(ids()), y.double())
+
+
+def test_a_module_saved_in_full_under_two_names_has_a_copy_for_each_as_in_peft(tmp_path):
+    def twice():
+        model = make("encoder-decoder", tied=False, says_so=False)
+        model.decoder.embed_tokens = model.encoder.embed_tokens
+        return model
+
+    ours, theirs = pair(twice, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    equalize(ours, theirs)
+    same(ours, theirs, (ids(),))
+    gradients(ours, theirs, (ids(),))
+    ours.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(twice(), str(tmp_path)).eval()
+    close(loaded(ids()), ours(ids()).double())
+
+
+class Gate(nn.Linear):
+    """A linear layer with another inside, which both can be targets."""
+
+    def __init__(self, dim):
+        super().__init__(dim, dim)
+        self.inner = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return super().forward(x) * torch.sigmoid(self.inner(x))
+
+
+class Nested(nn.Module):
+    def __init__(self, dim=8):
+        super().__init__()
+        self.gate, self.head = Gate(dim), nn.Sequential(nn.Linear(dim, dim), nn.Linear(dim, 3))
+
+    def forward(self, x):
+        return self.head(self.gate(x))
+
+
+def nested():
+    torch.manual_seed(0)
+    return Nested()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["gate"]},
+        {"target_modules": ["inner"]},
+        {"target_modules": ["gate", "0"], "modules_to_save": ["head"]},
+        {"target_modules": ["gate", "head.0"], "modules_to_save": ["head.1"]},
+    ],
+)
+def test_targets_that_hold_modules_and_modules_saved_in_full_that_hold_targets(config, tmp_path):
+    x = torch.randn(5, 8)
+    ours, theirs = pair(nested, **config)
+    equalize(ours, theirs)
+    same(ours, theirs, (x,))
+    gradients(ours, theirs, (x,))
+    with ours.disable_adapter(), theirs.disable_adapter():
+        same(ours, theirs, (x,), "disabled")
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    a, b = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
+    assert sorted(a) == sorted(b)
+    loaded = lk.PeftModel.from_pretrained(nested(), str(tmp_path / "theirs")).eval()
+    close(loaded(x), ours(x).double())
+    for model in (ours, theirs):
+        model.merge_adapter()
+    same(ours, theirs, (x,), "merged")  # not what it was: this base layer is no linear one
+    for model in (ours, theirs):
+        model.unmerge_adapter()
+    plain = ours.merge_and_unload()
+    close(plain(x), theirs.merge_and_unload()(x).double())
+    assert not any("Lora" in type(m).__name__ or "Wrapper" in type(m).__name__ for m in plain.modules())
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ({"target_modules": ["gate", "inner"]}, AttributeError),
+        ({"target_modules": ["gate"], "modules_to_save": ["inner"]}, ValueError),
+    ],
+)
+def test_a_module_inside_of_a_target_is_refused_and_named_where_peft_fails_half_way(config, error):
+    model = nested()
+    before = [(n, type(m)) for n, m in model.named_modules()]
+    with pytest.raises(ValueError, match=r"'gate\.inner' is inside of 'gate'"):
+        lk.get_peft_model(model, lk.LoraConfig(**config))
+    assert [(n, type(m)) for n, m in model.named_modules()] == before
+    with pytest.raises(error):
+        peft.get_peft_model(model, peft.LoraConfig(**config))
+    assert [(n, type(m)) for n, m in model.named_modules()] != before
+
+
+def test_modules_saved_in_full_one_inside_of_the_other_are_refused():
+    with pytest.raises(ValueError, match=r"'head\.1' is inside of 'head'"):
+        lk.get_peft_model(nested(), lk.LoraConfig(target_modules=["gate"], modules_to_save=["head", "head.1"]))
