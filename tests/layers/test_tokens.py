@@ -267,8 +267,10 @@ def test_copies_moves_and_the_weight_that_is_seen(tied):
     assert wrapper.num_embeddings == VOCABULARY
     with pytest.raises(AttributeError):
         wrapper.nothing  # noqa: B018
+    torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(ours), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids()), y)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
