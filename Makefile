@@ -16,6 +16,7 @@ VENV ?= .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(subst ==,-,$(TORCH)
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13"
 CLANG_FORMAT = $(if $(findstring /,$(PY)),$(dir $(PY)))clang-format
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
@@ -47,9 +48,9 @@ help:  ## list the targets
 
 build: $(READY)  ## set up the environment and compile the native parts
 
-test: $(READY)  ## run the tests (PYTEST_ARGS="-k merge")
+test: $(READY)  ## run the tests (PYTEST_ARGS="-k merge" TEST_WORKERS=2)
 	$(call say,Running the tests)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && echo "-n $(TEST_WORKERS) --dist worksteal") $(PYTEST_ARGS)
 
 demo: $(READY)  ## fine-tune, serve, switch and merge adapters on a real encoder (DEMO_ARGS="--device cuda")
 	$(call say,Running the demo)
