@@ -5,8 +5,8 @@
 //   1. over the block: merge (or guess w = round(m - acc)), hash m, queue what is not surely unique
 //   2. over the queue: the interval [lo, hi] of keys with this merged value. A guess from the
 //      inverse in float arithmetic is nearly always right or next to it, two probes prove it;
-//      where they do not, the whole vector is bisected over all keys.
-//   3. over the queue: index - lo is written or read in bit_width(hi - lo) bits
+//      where they do not, the whole vector is bisected over all keys. key - lo is written or read
+//      in bit_width(hi - lo) bits.
 // A block whose bits would take as many bytes as its weights is stored as the weights themselves.
 #pragma once
 
@@ -17,11 +17,9 @@ namespace lora_kernels {
 namespace LK_ISA {
 
 struct Queue {
-  int32_t at[kExactMaxBlock + kN];   // position in the block, when decoding
-  int32_t key[kExactMaxBlock + kN];  // of the weight (encoding) or of the merged value (decoding)
-  int32_t acc[kExactMaxBlock + kN];  // bits of the update
-  int32_t lo[kExactMaxBlock + kN];   // of the interval
-  uint32_t range[kExactMaxBlock + kN], index[kExactMaxBlock + kN];
+  int32_t at[kExactMaxBlock + kN];    // position in the block, when decoding
+  int32_t bits[kExactMaxBlock + kN];  // of the weight (encoding) or of the merged value (decoding)
+  int32_t acc[kExactMaxBlock + kN];   // of the update
   uint8_t bytes[4 * kExactMaxBlock + 8];  // what is read, and beyond
   int64_t size;
 };
@@ -131,35 +129,29 @@ LK_INLINE void interval(iv km, fv acc, iv* lo, iv* hi) {
   }
 }
 
-// kEncode: the queue holds keys of weights, and their index is found.
-template <class T, bool kEncode>
-void find_intervals(Queue& q) {
+// Appends the lanes of `some` at `size`; returns the size then.
+template <bool kEncode>
+LK_INLINE int64_t push(Queue& q, int64_t size, uint32_t some, int64_t from, uv bits, fv acc) {
+  const Compress compress(some);
+  if (!kEncode) write(q.at + size, compress.numbers() + static_cast<int32_t>(from));
+  write(q.bits + size, compress((iv)bits));
+  write(q.acc + size, compress((iv)acc));
+  return size + __builtin_popcount(some);
+}
+
+// visit(position in the queue, its lanes, their keys and updates) for each vector of the queue; the
+// last one is filled up with the last element.
+template <class T, class Visit>
+LK_INLINE bool for_each_queued(Queue& q, const Visit& visit) {
   for (int64_t i = q.size; i > 0 && i < q.size + kN - 1; ++i) {
-    q.key[i] = q.key[i - 1];
+    q.bits[i] = q.bits[i - 1];
     q.acc[i] = q.acc[i - 1];
   }
   for (int64_t i = 0; i < q.size; i += kN) {
-    const iv key = read<iv>(q.key + i);
-    const fv acc = read<fv>(q.acc + i);
-    iv lo, hi;
-    interval<T>(kEncode ? merged<T>(key, acc) : key, acc, &lo, &hi);
-    write(q.range + i, (uv)hi - (uv)lo);
-    if (kEncode) {
-      write(q.index + i, (uv)key - (uv)lo);
-    } else {
-      write(q.lo + i, lo);
-    }
+    const uint32_t on = q.size - i < kN ? (1u << (q.size - i)) - 1u : kAllLanes;
+    if (!visit(i, on, Num<T>::key(read<uv>(q.bits + i)), read<fv>(q.acc + i))) return false;
   }
-}
-
-// Appends the lanes of `some` at `size`; returns the size then.
-template <bool kEncode>
-LK_INLINE int64_t push(Queue& q, int64_t size, uint32_t some, int64_t from, iv key, fv acc) {
-  const Compress compress(some);
-  if (!kEncode) compress(q.at + size, iota() + static_cast<int32_t>(from));
-  compress(q.key + size, key);
-  compress(q.acc + size, (iv)acc);
-  return size + __builtin_popcount(some);
+  return true;
 }
 
 // step(w, acc, merged, position, valid lanes) over a block, 16 weights at a time; the last ones
@@ -179,7 +171,7 @@ LK_INLINE void for_each_16(const T* from, const float* acc, T* to, int64_t n, co
   }
 }
 
-// ---- encode ----
+// ---- bits, lowest first ----
 
 LK_INLINE int bit_width(uint32_t x) { return 63 - __builtin_clzll(2 * uint64_t{x} + 1); }
 
@@ -192,22 +184,62 @@ LK_INLINE uint64_t read_le64(const uint8_t* p) {
 #endif
   return x;
 }
+LK_INLINE void write_le64(uint8_t* p, uint64_t x) {
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  std::memcpy(p, &x, 8);
+#else
+  for (int b = 0; b < 8; ++b) p[b] = static_cast<uint8_t>(x >> (8 * b));
+#endif
+}
 
-// The indices of the queue, lowest bit first, no branches. Returns their bytes; `out` has room for
-// 8 more.
-inline uint32_t write_bits(const Queue& q, uint8_t* out) {
-  uint64_t bits = 0;  // not all written: the lowest `held`
+// Up to 32 bits a time; 8 bytes beyond the end are touched.
+struct BitWriter {
+  uint8_t* out;
+  uint64_t bits = 0;  // the lowest `held` of the next bytes
   int held = 0;
-  uint32_t size = 0;
-  for (int64_t i = 0; i < q.size; ++i) {
-    bits |= static_cast<uint64_t>(q.index[i]) << held;
-    held += bit_width(q.range[i]);
-    for (int b = 0; b < 8; ++b) out[size + b] = static_cast<uint8_t>(bits >> (8 * b));
-    size += held >> 3;
+  LK_INLINE void put(uint32_t value, int width) {
+    bits |= static_cast<uint64_t>(value) << held;
+    held += width;
+    write_le64(out, bits);
+    out += held >> 3;
     bits >>= held & ~7;
     held &= 7;
   }
-  return size + (held > 0);
+};
+struct BitReader {
+  const uint8_t* data;
+  uint64_t at = 0;
+  LK_INLINE uint32_t take(int width) {
+    const uint64_t word = read_le64(data + (at >> 3)) >> (at & 7);
+    at += static_cast<uint64_t>(width);
+    return static_cast<uint32_t>(word & ((uint64_t{1} << width) - 1));
+  }
+};
+
+// ---- encode ----
+
+// The indices of the queue's weights in their intervals. Returns their bytes; `out` has room for 8
+// more. Most intervals hold one key or two: those of a vector take one step.
+template <class T>
+uint32_t write_indices(Queue& q, uint8_t* out) {
+  BitWriter to = {out};
+  for_each_queued<T>(q, [&](int64_t, uint32_t on, iv key, fv acc) {
+    iv lo, hi;
+    interval<T>(merged<T>(key, acc), acc, &lo, &hi);
+    const uv range = (uv)hi - (uv)lo;
+    const iv index = key - lo;
+    if (__builtin_expect((lanes((iv)(range > 1u)) & on) == 0, 1)) {
+      const uint32_t some = lanes((iv)(range == 1u)) & on;
+      const int width = __builtin_popcount(some);
+      to.put(lanes(Compress(some)(index) << 31) & ((1u << width) - 1u), width);
+    } else {
+      for (uint32_t lane = 0; on >> lane != 0; ++lane) {
+        to.put(static_cast<uint32_t>(index[lane]), bit_width(range[lane]));
+      }
+    }
+    return true;
+  });
+  return static_cast<uint32_t>(to.out - out) + (to.held > 0);
 }
 
 // m[n] = merged w[n]; *piece describes what was put at `out` (n * sizeof(T) + 8 bytes). False when
@@ -229,16 +261,15 @@ bool encode(const T* w, const float* acc, int64_t n, int64_t block, T* m, uint8_
       Num<T>::store(m16 + at, mb);
       h.lane[s] = mix(h.lane[s] ^ mb);
       const uint32_t some = ~lanes(surely_unique<T>(wv, Num<T>::widen(mb), a, u)) & (on >> at);
-      size = push<true>(q, size, some & kAllLanes, i + at, Num<T>::key(wb), a);
+      size = push<true>(q, size, some & kAllLanes, i + at, wb, a);
     }
   });
   q.size = size;
   if (lanes(bad) != 0) return false;
   if (piece == nullptr) return true;
-  find_intervals<T, true>(q);
   const uint32_t raw = static_cast<uint32_t>(n * static_cast<int64_t>(sizeof(T)));
   piece->data = out;
-  piece->size = write_bits(q, out);
+  piece->size = write_indices<T>(q, out);
   if (piece->size >= raw) {
     piece->size = raw;
     std::memcpy(out, w, raw);
@@ -267,23 +298,35 @@ bool merges_to(const T* w, const float* acc, int64_t n, const T* m) {
 
 // Weights of the queue from the bits of the piece. False where they are not what encode() writes.
 template <class T>
-bool read_bits(Queue& q, const ExactPiece& piece, T* w) {
-  constexpr int64_t kInf = Num<T>::kInf, kFlip = sizeof(T) == 4 ? 0x7fffffff : 0x7fff;
+bool read_indices(Queue& q, const ExactPiece& piece, T* w) {
   std::memcpy(q.bytes, piece.data, piece.size);
-  uint64_t at = 0;
-  for (int64_t i = 0; i < q.size; ++i) {
-    // An empty interval has a range of -1.
-    const int width = bit_width(q.range[i]);
-    const uint64_t word = read_le64(q.bytes + (at >> 3)) >> (at & 7);
-    const uint32_t index = static_cast<uint32_t>(word & ((uint64_t{1} << width) - 1));
-    at += static_cast<uint64_t>(width);
-    if (index > q.range[i] || q.range[i] == ~uint32_t{0}) return false;
-    const int64_t key = q.lo[i] + static_cast<int64_t>(index);
-    if (key <= -kInf - 1 || key >= kInf) return false;
-    const uint32_t bits = static_cast<uint32_t>(key < 0 ? key ^ kFlip : key);
-    std::memcpy(static_cast<void*>(w + q.at[i]), &bits, sizeof(T));
-  }
-  return (at + 7) / 8 == piece.size;
+  BitReader from = {q.bytes};
+  const bool fits = for_each_queued<T>(q, [&](int64_t i, uint32_t on, iv merged_key, fv acc) {
+    iv lo, hi;
+    interval<T>(merged_key, acc, &lo, &hi);
+    const uv range = (uv)hi - (uv)lo;  // of an empty interval: -1
+    iv key;
+    if (__builtin_expect((lanes((iv)(range > 1u)) & on) == 0, 1)) {
+      const uint32_t some = lanes((iv)(range == 1u)) & on;
+      key = lo + spread(from.take(__builtin_popcount(some)), some);
+    } else {
+      key = lo;
+      for (uint32_t lane = 0; on >> lane != 0; ++lane) {
+        const uint32_t index = from.take(bit_width(range[lane]));
+        if (index > range[lane] || range[lane] == ~uint32_t{0}) return false;
+        key[lane] += static_cast<int32_t>(index);
+      }
+    }
+    const iv finite = (key > -Num<T>::kInf - 1) & (key < Num<T>::kInf);
+    if ((~lanes(finite) & on) != 0) return false;
+    const uv bits = Num<T>::bits(key);
+    for (uint32_t lane = 0; on >> lane != 0; ++lane) {
+      const uint32_t x = bits[lane];
+      std::memcpy(static_cast<void*>(w + q.at[i + lane]), &x, sizeof(T));
+    }
+    return true;
+  });
+  return fits && (from.at + 7) / 8 == piece.size;
 }
 
 // w[n] from m[n] and its piece. False when the piece is not that of m.
@@ -303,7 +346,7 @@ bool decode(const T* m, const float* acc, int64_t n, int64_t block, const ExactP
       Num<T>::store(w16 + at, wb);
       h.lane[s] = mix(h.lane[s] ^ mb);
       const uint32_t some = ~lanes(surely_unique<T>(wv, mv, a, wv + a)) & (on >> at);
-      size = push<false>(q, size, some & kAllLanes, i + at, Num<T>::key(mb), a);
+      size = push<false>(q, size, some & kAllLanes, i + at, mb, a);
     }
   });
   q.size = size;
@@ -312,8 +355,7 @@ bool decode(const T* m, const float* acc, int64_t n, int64_t block, const ExactP
     std::memcpy(static_cast<void*>(w), piece.data, piece.size);
     return merges_to(w, acc, n, m);
   }
-  find_intervals<T, false>(q);
-  return read_bits(q, piece, w);
+  return read_indices(q, piece, w);
 }
 
 }  // namespace LK_ISA

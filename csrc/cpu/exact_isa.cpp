@@ -25,39 +25,74 @@ constexpr int kRows = 4;
 #endif
 constexpr int kVecs = 2;
 constexpr int kCols = kVecs * kN;
+constexpr int kPad = 16;
 
-// out[rows][cols] = the update at rows row0 .. of columns col0 .., which start a panel.
-void update(const ExactTerm& term, int64_t row0, int64_t rows, int64_t col0, int64_t cols,
-            float* out) {
-  const int64_t rank = term.rank;
-  for (int64_t j = 0; j < cols; j += kCols) {
-    const float* panel = term.a + (col0 + j) * rank;
-    const int64_t left = cols - j;
+// to[kRows][stride] = the update of a panel; `wide` columns of `tall` rows of it are wanted.
+LK_INLINE void update_tile(const float* a, const float* const t[kRows], int64_t rank, int64_t tall,
+                           int64_t wide, float* to, int64_t stride) {
+  fv acc[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int y = 0; y < kRows; ++y) acc[y][0] = acc[y][1] = fv{};
+  for (int64_t r = 0; r < rank; ++r, a += kCols) {
+    const fv a0 = read<fv>(a), a1 = read<fv>(a + kN);
+#pragma GCC unroll 8
+    for (int y = 0; y < kRows; ++y) {
+      const fv b = splat(t[y][r]);
+      acc[y][0] = fused(b, a0, acc[y][0]);
+      acc[y][1] = fused(b, a1, acc[y][1]);
+    }
+  }
+  float part[kRows][kCols];
+  const bool whole = tall >= kRows && wide >= kCols;
+  float* at = whole ? to : part[0];
+  const int64_t step = whole ? stride : kCols;
+#pragma GCC unroll 8
+  for (int y = 0; y < kRows; ++y) {
+    write(at + y * step, acc[y][0]);
+    write(at + y * step + kN, acc[y][1]);
+  }
+  if (whole) return;
+  const size_t bytes = static_cast<size_t>(wide < kCols ? wide : kCols) * sizeof(float);
+  for (int64_t y = 0; y < kRows && y < tall; ++y) std::memcpy(to + y * stride, part[y], bytes);
+}
+
+// What a unit's update covers: rows row0 .. row1 of columns col0 .. col1, which start a panel.
+struct Span {
+  int64_t row0, row1, col0, col1;
+  int64_t stride;  // between the rows of its update
+};
+
+// Blocks of one row need not touch: rows that are a power of two apart share the sets of a cache.
+Span unit_span(const ExactLayout& at, int64_t unit) {
+  const int64_t side = unit / at.row_units, row0 = unit % at.row_units * at.unit_rows;
+  Span s = {row0, row0 + at.unit_rows, side * kExactBlock, at.cols, 0};
+  if (s.row1 > at.rows) s.row1 = at.rows;
+  if (side + 1 < at.per_row) s.col1 = s.col0 + kExactBlock;
+  s.stride = s.col1 - s.col0 + (at.group == 1 ? kPad : 0);
+  return s;
+}
+
+// The cache lines of w that hold kCols columns of kRows rows.
+void prefetch(const Matrix& w, int64_t row, int64_t col) {
+  const int64_t size = dtype_size(w.dtype);
+  const char* at = static_cast<const char*>(w.data) + (row * w.row_stride + col) * size;
+  for (int y = 0; y < kRows; ++y) __builtin_prefetch(at + y * w.row_stride * size, 1, 2);
+}
+
+// out[rows][stride] = the update. W is fetched meanwhile: its rows are pages apart, where the
+// hardware does not look ahead.
+void update(const ExactTerm& term, const Matrix& w, const Span& span, float* out) {
+  const int64_t rank = term.rank, rows = span.row1 - span.row0;
+  for (int64_t j = span.col0; j < span.col1; j += kCols) {
+    const float* panel = term.a + j * rank;
     for (int64_t i = 0; i < rows; i += kRows) {
       const float* t[kRows];
       for (int y = 0; y < kRows; ++y) {
-        t[y] = term.t + (row0 + (i + y < rows ? i + y : rows - 1)) * rank;
+        t[y] = term.t + (span.row0 + (i + y < rows ? i + y : rows - 1)) * rank;
       }
-      fv acc[kRows][kVecs] = {};
-      const float* a = panel;
-      for (int64_t r = 0; r < rank; ++r, a += kCols) {
-        const fv a0 = read<fv>(a), a1 = read<fv>(a + kN);
-#pragma GCC unroll 8
-        for (int y = 0; y < kRows; ++y) {
-          const fv b = splat(t[y][r]);
-          acc[y][0] = fused(b, a0, acc[y][0]);
-          acc[y][1] = fused(b, a1, acc[y][1]);
-        }
-      }
-      for (int y = 0; y < kRows && i + y < rows; ++y) {
-        float* to = out + (i + y) * cols + j;
-        if (left >= kCols) {
-          write(to, acc[y][0]);
-          write(to + kN, acc[y][1]);
-        } else {
-          std::memcpy(to, acc[y], static_cast<size_t>(left) * sizeof(float));
-        }
-      }
+      if (i + kRows <= rows) prefetch(w, span.row0 + i, j);
+      update_tile(panel, t, rank, rows - i, span.col1 - j, out + i * span.stride + j - span.col0,
+                  span.stride);
     }
   }
 }
@@ -82,7 +117,7 @@ size_t chunk_bytes(const ExactJob& job) {
 Scratch make_scratch(const ExactJob& job) {
   const ExactLayout& at = job.layout;
   const int64_t size = dtype_size(job.w.dtype), block = round_up(kExactMaxBlock * size);
-  const int64_t update_bytes = round_up(at.unit_rows * unit_width(at) * 4);
+  const int64_t update_bytes = round_up(at.unit_rows * (unit_width(at) + kPad) * 4);
   uint8_t* p = static_cast<uint8_t*>(
       merge_scratch(static_cast<size_t>(2 * update_bytes + 3 * block) + sizeof(Queue)));
   Scratch s;
@@ -121,20 +156,18 @@ template <class T>
 ExactResult run_unit(const ExactJob& job, int64_t unit) {
   const ExactLayout& at = job.layout;
   const Scratch s = make_scratch(job);
-  const int64_t side = unit / at.row_units;
-  const int64_t row0 = unit % at.row_units * at.unit_rows;
-  const int64_t row1 = row0 + at.unit_rows < at.rows ? row0 + at.unit_rows : at.rows;
-  const int64_t col0 = side * kExactBlock;
-  const int64_t cols = (side + 1 == at.per_row ? at.cols : col0 + kExactBlock) - col0;
-  if (job.undo != nullptr) update(*job.undo, row0, row1 - row0, col0, cols, s.undo);
-  if (job.apply != nullptr) update(*job.apply, row0, row1 - row0, col0, cols, s.apply);
+  const Span span = unit_span(at, unit);
+  const int64_t side = unit / at.row_units, cols = span.col1 - span.col0;
+  if (job.undo != nullptr) update(*job.undo, job.w, span, s.undo);
+  if (job.apply != nullptr) update(*job.apply, job.w, span, s.apply);
 
   uint8_t* bits = job.apply_piece != nullptr ? job.chunk[unit] : nullptr;
-  for (int64_t i = row0; i < row1; i += at.group) {
+  for (int64_t i = span.row0; i < span.row1; i += at.group) {
     const int64_t block = i / at.group * at.per_row + side;
     if (job.only_done && !job.done[block]) continue;
-    const int64_t rows = row1 - i < at.group ? row1 - i : at.group, n = rows * cols;
-    T* home = static_cast<T*>(job.w.data) + i * job.w.row_stride + col0 * job.w.col_stride;
+    const int64_t rows = span.row1 - i < at.group ? span.row1 - i : at.group, n = rows * cols;
+    T* home = static_cast<T*>(job.w.data) + i * job.w.row_stride + span.col0 * job.w.col_stride;
+    const int64_t first = (i - span.row0) * span.stride;
     const bool flat =
         (job.w.col_stride == 1 || cols == 1) && (rows == 1 || job.w.row_stride == cols);
     const T* now = home;
@@ -144,7 +177,7 @@ ExactResult run_unit(const ExactJob& job, int64_t unit) {
     }
     if (job.undo != nullptr) {
       T* w = reinterpret_cast<T*>(s.mid);
-      if (!decode(now, s.undo + (i - row0) * cols, n, block, job.undo_piece[block], w, *s.queue)) {
+      if (!decode(now, s.undo + first, n, block, job.undo_piece[block], w, *s.queue)) {
         return {ExactStatus::mismatch, block};
       }
       now = w;
@@ -152,7 +185,7 @@ ExactResult run_unit(const ExactJob& job, int64_t unit) {
     if (job.apply != nullptr) {
       T* m = reinterpret_cast<T*>(s.out);
       ExactPiece* piece = job.apply_piece != nullptr ? job.apply_piece + block : nullptr;
-      if (!encode(now, s.apply + (i - row0) * cols, n, block, m, bits, piece, *s.queue)) {
+      if (!encode(now, s.apply + first, n, block, m, bits, piece, *s.queue)) {
         return {ExactStatus::not_finite, block};
       }
       if (piece != nullptr) bits += piece->size;

@@ -73,46 +73,72 @@ LK_INLINE uint32_t lanes(iv mask) {
 constexpr uint32_t kAllLanes = (1u << kN) - 1u;
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// For each set of lanes their numbers, one a byte, side by side.
-struct LaneLists {
-  uint64_t of[256];
-  constexpr LaneLists() : of() {
+// For each set of lanes, one a byte: the numbers of its lanes side by side, and at each lane how
+// many lanes of the set lie before it.
+struct LaneTables {
+  uint64_t lanes[256], ranks[256];
+  constexpr LaneTables() : lanes(), ranks() {
     for (int bits = 0; bits < 256; ++bits) {
       int n = 0;
       for (int lane = 0; lane < 8; ++lane) {
-        if (bits >> lane & 1) of[bits] |= static_cast<uint64_t>(lane) << (8 * n++);
+        ranks[bits] |= static_cast<uint64_t>(n) << (8 * lane);
+        if (bits >> lane & 1) lanes[bits] |= static_cast<uint64_t>(lane) << (8 * n++);
       }
     }
   }
 };
-constexpr LaneLists kLaneLists;
+constexpr LaneTables kLaneTables;
+
+LK_INLINE iv eight_bytes(uint64_t x) {
+  return (iv)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(x)));
+}
 #endif
 
-// Puts the lanes where bits are set side by side; may write a whole vector. No branches: which
-// lanes they are can not be predicted.
+// Puts the lanes where bits are set side by side; what comes after them is arbitrary. No branches:
+// which lanes they are can not be predicted.
 struct Compress {
 #if defined(__AVX512F__)
   __mmask16 bits;
   LK_INLINE explicit Compress(uint32_t b) : bits(static_cast<__mmask16>(b)) {}
-  LK_INLINE void operator()(int32_t* p, iv v) const {
-    _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(bits, (__m512i)v));
-  }
+  LK_INLINE iv numbers() const { return (*this)(iota()); }
+  LK_INLINE iv operator()(iv v) const { return (iv)_mm512_maskz_compress_epi32(bits, (__m512i)v); }
 #elif defined(__AVX2__)
-  __m256i order;
-  LK_INLINE explicit Compress(uint32_t b)
-      : order(_mm256_cvtepu8_epi32(
-            _mm_cvtsi64_si128(static_cast<long long>(kLaneLists.of[b & 255u])))) {}
-  LK_INLINE void operator()(int32_t* p, iv v) const {
-    write(p, (iv)_mm256_permutevar8x32_epi32((__m256i)v, order));
+  iv order;
+  LK_INLINE explicit Compress(uint32_t b) : order(eight_bytes(kLaneTables.lanes[b & 255u])) {}
+  LK_INLINE iv numbers() const { return order; }
+  LK_INLINE iv operator()(iv v) const {
+    return (iv)_mm256_permutevar8x32_epi32((__m256i)v, (__m256i)order);
   }
 #else
   uint32_t bits;
   LK_INLINE explicit Compress(uint32_t b) : bits(b) {}
-  LK_INLINE void operator()(int32_t* p, iv v) const {
-    for (uint32_t left = bits; left != 0; left &= left - 1) *p++ = v[__builtin_ctz(left)];
+  LK_INLINE iv numbers() const { return (*this)(iota()); }
+  LK_INLINE iv operator()(iv v) const {
+    iv r = {};
+    int n = 0;
+    for (uint32_t left = bits; left != 0; left &= left - 1) r[n++] = v[__builtin_ctz(left)];
+    return r;
   }
 #endif
 };
+
+// The lowest bits of `from`, one for each lane of `some`, in order; 0 in the other lanes.
+LK_INLINE iv spread(uint32_t from, uint32_t some) {
+#if defined(__AVX512F__)
+  const iv bit = (isplat(static_cast<int32_t>(from)) >> iota()) & 1;
+  return (iv)_mm512_maskz_expand_epi32(static_cast<__mmask16>(some), (__m512i)bit);
+#elif defined(__AVX2__)
+  const iv rank = eight_bytes(kLaneTables.ranks[some]);
+  const iv on = (isplat(static_cast<int32_t>(some)) >> iota()) & 1;
+  return (isplat(static_cast<int32_t>(from)) >> rank) & on;
+#else
+  iv r = {};
+  for (; some != 0; some &= some - 1, from >>= 1) {
+    r[__builtin_ctz(some)] = static_cast<int32_t>(from & 1);
+  }
+  return r;
+#endif
+}
 
 // kN 16-bit values, as integers.
 LK_INLINE uv load_u16(const void* p) {
@@ -125,9 +151,13 @@ LK_INLINE uv load_u16(const void* p) {
   return __builtin_convertvector(h, uv);
 #endif
 }
+// Of values that fit.
 LK_INLINE hv narrow_u16(uv v) {
 #if defined(__AVX512F__)
   return (hv)_mm512_cvtepi32_epi16((__m512i)v);
+#elif defined(__AVX2__)
+  const __m256i x = (__m256i)v;
+  return (hv)_mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
 #else
   return __builtin_convertvector(v, hv);
 #endif
@@ -225,25 +255,26 @@ LK_INLINE iv merged(iv k, fv acc) {
 LK_INLINE iv magnitude(fv x) { return (iv)((uv)x & 0x7fffffffu); }
 
 // A cheap proof, lane by lane, that w is the only weight that merges to m with this update
-// (u = fl32(w + acc)). Let 2^E <= |m| and h the spacing of T there. Both neighbours of w are at
-// least h away where |w|, one step nearer to zero, is 2^E or more. Where u is nearer to m than
-// 0.4995 h (0.24975 h below a power of two, where the spacing halves), u rounds to m and a
-// neighbour's sum, h away but for two float32 roundings of at most 2^-13 h, does not. Zeros and
-// subnormals are never proved.
+// (u = fl32(w + acc)). Let 2^E <= |m| and h the spacing of T there (E and h are those of the
+// smallest normal number where m is below it). Both neighbours of w are at least h away where |w|
+// is more than 2^E, or not zero if m is small. The bits of a float32 are ordered as its values
+// are, and kStep of them make a spacing: where u is within 0.4995 of that of m (below a power of
+// two the spacing halves, and with it what a bit is worth), u rounds to m and a neighbour's sum,
+// h away but for two float32 roundings of at most 2^-13 h, does not.
 template <class T>
 LK_INLINE iv surely_unique(fv w, fv m, fv, fv u) {
-  const iv wide = magnitude(w) - Num<T>::kStep >= (magnitude(m) & 0x7f800000);
-  const fv spacing = (fv)((magnitude(m) - Num<T>::kStep) & 0x7f800000);
-  return wide & ((fv)magnitude(u - m) < spacing * splat(0.4995f * 0x1p-23f * Num<T>::kStep));
+  constexpr int32_t kNear = Num<T>::kStep / 10000 * 4995 + Num<T>::kStep % 10000 * 4995 / 10000;
+  const iv wide = magnitude(w) > ((iv)m & 0x7f800000);
+  return wide & (iv)((uv)((iv)u - (iv)m + kNear) <= static_cast<uint32_t>(2 * kNear));
 }
-// float32: u must be m, and the error of the sum w + acc, exact by Knuth's two-sum, below h / 2.
+// float32: u must be m, and the error of the sum w + acc, exact by Dekker's two-sum where |w| is
+// not below |acc|, less than h / 2: two neighbours that are h apart can only meet at a tie.
 template <>
 LK_INLINE iv surely_unique<float>(fv w, fv m, fv acc, fv u) {
-  const iv wide = magnitude(w) - 1 >= (magnitude(m) & 0x7f800000);
-  const fv spacing = (fv)((magnitude(m) - 1) & 0x7f800000);
-  const fv b = u - w;
-  const fv error = (w - (u - b)) + (acc - b);
-  return wide & (u == m) & ((fv)magnitude(error) < spacing * splat(0x1p-24f));
+  const iv exponent = (iv)m & 0x7f800000;
+  const iv wide = magnitude(w) > exponent;
+  const iv error = magnitude(acc - (u - w));
+  return wide & (magnitude(w) >= magnitude(acc)) & (u == m) & (error < exponent - (24 << 23));
 }
 
 }  // namespace LK_ISA
