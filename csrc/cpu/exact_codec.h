@@ -16,6 +16,8 @@
 namespace lora_kernels {
 namespace LK_ISA {
 
+#define LK_INLINED __attribute__((always_inline))  // for a lambda
+
 struct Queue {
   int32_t at[kExactMaxBlock + kN];    // position in the block, when decoding
   int32_t bits[kExactMaxBlock + kN];  // of the weight (encoding) or of the merged value (decoding)
@@ -192,13 +194,13 @@ LK_INLINE void write_le64(uint8_t* p, uint64_t x) {
 #endif
 }
 
-// Up to 32 bits a time; 8 bytes beyond the end are touched.
+// Up to 56 bits a time; 8 bytes beyond the end are touched.
 struct BitWriter {
   uint8_t* out;
   uint64_t bits = 0;  // the lowest `held` of the next bytes
   int held = 0;
-  LK_INLINE void put(uint32_t value, int width) {
-    bits |= static_cast<uint64_t>(value) << held;
+  LK_INLINE void put(uint64_t value, int width) {
+    bits |= value << held;
     held += width;
     write_le64(out, bits);
     out += held >> 3;
@@ -209,34 +211,68 @@ struct BitWriter {
 struct BitReader {
   const uint8_t* data;
   uint64_t at = 0;
-  LK_INLINE uint32_t take(int width) {
+  LK_INLINE uint64_t take(int width) {
     const uint64_t word = read_le64(data + (at >> 3)) >> (at & 7);
     at += static_cast<uint64_t>(width);
-    return static_cast<uint32_t>(word & ((uint64_t{1} << width) - 1));
+    return word & ((uint64_t{1} << width) - 1);
   }
 };
+
+// The indices of a vector of the queue, in bit_width(range) bits each: as one word where they are
+// few, else one by one.
+LK_INLINE void put_lanes(BitWriter& to, iv index, uv range, uint32_t on) {
+  uint32_t lane = 0;
+#if defined(LK_PACKS_LANES)
+  const iv set = lane_set(on), width = bit_widths(range) & set;
+  if (__builtin_expect(lanes((iv)(range >> 24 != 0)) == 0, 1)) {
+    for (int part = 0; part < kEights; ++part, lane += 8) {
+      int total;
+      const __m256i offset = lane_offsets(eight(width, part), &total);
+      if (__builtin_expect(total > 56, 0)) break;
+      to.put(pack_lanes(eight(index & set, part), offset), total);
+    }
+  }
+#endif
+  for (; on >> lane != 0; ++lane) {
+    to.put(static_cast<uint32_t>(index[lane]), bit_width(range[lane]));
+  }
+}
+
+// False where an index is not below or at its range; that of an empty interval is -1.
+LK_INLINE bool take_lanes(BitReader& from, uv range, uint32_t on, iv* index) {
+  uint32_t out[kN] = {}, lane = 0;
+#if defined(LK_PACKS_LANES)
+  const iv width = bit_widths(range) & lane_set(on);
+  if (__builtin_expect(lanes((iv)(range >> 24 != 0)) == 0, 1)) {
+    for (int part = 0; part < kEights; ++part, lane += 8) {
+      int total;
+      const __m256i wide = eight(width, part), offset = lane_offsets(wide, &total);
+      if (__builtin_expect(total > 56, 0)) break;
+      write(out + lane, unpack_lanes(from.take(total), wide, offset));
+    }
+  }
+#endif
+  bool fits = true;
+  for (; on >> lane != 0; ++lane) {
+    fits &= range[lane] != ~uint32_t{0};
+    out[lane] = static_cast<uint32_t>(from.take(bit_width(range[lane])));
+  }
+  const uv found = read<uv>(out);
+  *index = (iv)found;
+  return fits && (lanes((iv)(found > range)) & on) == 0;
+}
 
 // ---- encode ----
 
 // The indices of the queue's weights in their intervals. Returns their bytes; `out` has room for 8
-// more. Most intervals hold one key or two: those of a vector take one step.
+// more.
 template <class T>
 uint32_t write_indices(Queue& q, uint8_t* out) {
   BitWriter to = {out};
-  for_each_queued<T>(q, [&](int64_t, uint32_t on, iv key, fv acc) {
+  for_each_queued<T>(q, [&](int64_t, uint32_t on, iv key, fv acc) LK_INLINED {
     iv lo, hi;
     interval<T>(merged<T>(key, acc), acc, &lo, &hi);
-    const uv range = (uv)hi - (uv)lo;
-    const iv index = key - lo;
-    if (__builtin_expect((lanes((iv)(range > 1u)) & on) == 0, 1)) {
-      const uint32_t some = lanes((iv)(range == 1u)) & on;
-      const int width = __builtin_popcount(some);
-      to.put(lanes(Compress(some)(index) << 31) & ((1u << width) - 1u), width);
-    } else {
-      for (uint32_t lane = 0; on >> lane != 0; ++lane) {
-        to.put(static_cast<uint32_t>(index[lane]), bit_width(range[lane]));
-      }
-    }
+    put_lanes(to, key - lo, (uv)hi - (uv)lo, on);
     return true;
   });
   return static_cast<uint32_t>(to.out - out) + (to.held > 0);
@@ -301,31 +337,28 @@ template <class T>
 bool read_indices(Queue& q, const ExactPiece& piece, T* w) {
   std::memcpy(q.bytes, piece.data, piece.size);
   BitReader from = {q.bytes};
-  const bool fits = for_each_queued<T>(q, [&](int64_t i, uint32_t on, iv merged_key, fv acc) {
-    iv lo, hi;
-    interval<T>(merged_key, acc, &lo, &hi);
-    const uv range = (uv)hi - (uv)lo;  // of an empty interval: -1
-    iv key;
-    if (__builtin_expect((lanes((iv)(range > 1u)) & on) == 0, 1)) {
-      const uint32_t some = lanes((iv)(range == 1u)) & on;
-      key = lo + spread(from.take(__builtin_popcount(some)), some);
-    } else {
-      key = lo;
-      for (uint32_t lane = 0; on >> lane != 0; ++lane) {
-        const uint32_t index = from.take(bit_width(range[lane]));
-        if (index > range[lane] || range[lane] == ~uint32_t{0}) return false;
-        key[lane] += static_cast<int32_t>(index);
-      }
-    }
-    const iv finite = (key > -Num<T>::kInf - 1) & (key < Num<T>::kInf);
-    if ((~lanes(finite) & on) != 0) return false;
-    const uv bits = Num<T>::bits(key);
-    for (uint32_t lane = 0; on >> lane != 0; ++lane) {
-      const uint32_t x = bits[lane];
-      std::memcpy(static_cast<void*>(w + q.at[i + lane]), &x, sizeof(T));
-    }
-    return true;
-  });
+  const bool fits =
+      for_each_queued<T>(q, [&](int64_t i, uint32_t on, iv merged_key, fv acc) LK_INLINED {
+        iv lo, hi;
+        interval<T>(merged_key, acc, &lo, &hi);
+        iv key;
+        if (!take_lanes(from, (uv)hi - (uv)lo, on, &key)) return false;
+        key += lo;
+        const iv finite = (key > -Num<T>::kInf - 1) & (key < Num<T>::kInf);
+        if ((~lanes(finite) & on) != 0) return false;
+        uint32_t bits[kN];
+        write(bits, Num<T>::bits(key));
+        const auto put = [&](int lane) {
+          std::memcpy(static_cast<void*>(w + q.at[i + lane]), bits + lane, sizeof(T));
+        };
+        if (__builtin_expect(on == kAllLanes, 1)) {
+#pragma GCC unroll 16
+          for (int lane = 0; lane < kN; ++lane) put(lane);
+        } else {
+          for (int lane = 0; on >> lane != 0; ++lane) put(lane);
+        }
+        return true;
+      });
   return fits && (from.at + 7) / 8 == piece.size;
 }
 

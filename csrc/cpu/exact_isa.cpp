@@ -18,8 +18,8 @@ namespace LK_ISA {
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kRows = 8;
+#if defined(__AVX2__)
+constexpr int kRows = 6;
 #else
 constexpr int kRows = 4;
 #endif
@@ -76,7 +76,7 @@ Span unit_span(const ExactLayout& at, int64_t unit) {
 void prefetch(const Matrix& w, int64_t row, int64_t col) {
   const int64_t size = dtype_size(w.dtype);
   const char* at = static_cast<const char*>(w.data) + (row * w.row_stride + col) * size;
-  for (int y = 0; y < kRows; ++y) __builtin_prefetch(at + y * w.row_stride * size, 1, 2);
+  for (int y = 0; y < kRows; ++y) __builtin_prefetch(at + y * w.row_stride * size, 1, 3);
 }
 
 // out[rows][stride] = the update. W is fetched meanwhile: its rows are pages apart, where the
@@ -101,6 +101,7 @@ void update(const ExactTerm& term, const Matrix& w, const Span& span, float* out
 struct Scratch {
   float *undo, *apply;      // updates of a unit
   uint8_t *in, *mid, *out;  // a block's weights: as they are, undone, merged
+  uint8_t* bits;            // what is recorded of a block
   Queue* queue;
 };
 
@@ -108,24 +109,19 @@ int64_t round_up(int64_t n) { return (n + 63) / 64 * 64; }
 
 int64_t unit_width(const ExactLayout& at) { return at.per_row > 1 ? kExactMaxBlock : at.cols; }
 
-// The most that a unit can record; the last of its blocks is written with 8 bytes to spare.
-size_t chunk_bytes(const ExactJob& job) {
-  const ExactLayout& at = job.layout;
-  return static_cast<size_t>(at.unit_rows * unit_width(at) * dtype_size(job.w.dtype) + 8);
-}
-
 Scratch make_scratch(const ExactJob& job) {
   const ExactLayout& at = job.layout;
-  const int64_t size = dtype_size(job.w.dtype), block = round_up(kExactMaxBlock * size);
+  const int64_t size = dtype_size(job.w.dtype), block = round_up(kExactMaxBlock * size + 8);
   const int64_t update_bytes = round_up(at.unit_rows * (unit_width(at) + kPad) * 4);
   uint8_t* p = static_cast<uint8_t*>(
-      merge_scratch(static_cast<size_t>(2 * update_bytes + 3 * block) + sizeof(Queue)));
+      merge_scratch(static_cast<size_t>(2 * update_bytes + 4 * block) + sizeof(Queue)));
   Scratch s;
   s.undo = reinterpret_cast<float*>(p);
   s.apply = reinterpret_cast<float*>(p += update_bytes);
   s.in = p += update_bytes;
   s.mid = p += block;
   s.out = p += block;
+  s.bits = p += block;
   s.queue = reinterpret_cast<Queue*>(p + block);
   return s;
 }
@@ -152,6 +148,20 @@ void scatter(const T* from, const Matrix& w, int64_t rows, int64_t cols, T* to) 
   }
 }
 
+// Adds `size` bytes to the chunk (malloc), which holds `held` and has room for `room`.
+bool append(uint8_t** chunk, size_t* held, size_t* room, const uint8_t* from, size_t size) {
+  if (*held + size > *room) {
+    const size_t more = 2 * (*held + size) + 1024;
+    void* const grown = std::realloc(*chunk, more);
+    if (grown == nullptr) return false;
+    *chunk = static_cast<uint8_t*>(grown);
+    *room = more;
+  }
+  if (size > 0) std::memcpy(*chunk + *held, from, size);
+  *held += size;
+  return true;
+}
+
 template <class T>
 ExactResult run_unit(const ExactJob& job, int64_t unit) {
   const ExactLayout& at = job.layout;
@@ -161,7 +171,7 @@ ExactResult run_unit(const ExactJob& job, int64_t unit) {
   if (job.undo != nullptr) update(*job.undo, job.w, span, s.undo);
   if (job.apply != nullptr) update(*job.apply, job.w, span, s.apply);
 
-  uint8_t* bits = job.apply_piece != nullptr ? job.chunk[unit] : nullptr;
+  size_t held = 0, room = 0;  // of the unit's chunk
   for (int64_t i = span.row0; i < span.row1; i += at.group) {
     const int64_t block = i / at.group * at.per_row + side;
     if (job.only_done && !job.done[block]) continue;
@@ -185,10 +195,14 @@ ExactResult run_unit(const ExactJob& job, int64_t unit) {
     if (job.apply != nullptr) {
       T* m = reinterpret_cast<T*>(s.out);
       ExactPiece* piece = job.apply_piece != nullptr ? job.apply_piece + block : nullptr;
-      if (!encode(now, s.apply + first, n, block, m, bits, piece, *s.queue)) {
+      if (!encode(now, s.apply + first, n, block, m, s.bits, piece, *s.queue)) {
         return {ExactStatus::not_finite, block};
       }
-      if (piece != nullptr) bits += piece->size;
+      if (piece != nullptr) {
+        if (!append(job.chunk + unit, &held, &room, s.bits, piece->size)) {
+          return {ExactStatus::no_memory, -1};
+        }
+      }
       now = m;
     }
     scatter(now, job.w, rows, cols, home);
@@ -197,7 +211,7 @@ ExactResult run_unit(const ExactJob& job, int64_t unit) {
   return {ExactStatus::ok, -1};
 }
 
-// Gives back the memory that the unit did not fill.
+// Gives back the memory that the unit did not fill, and says where its pieces lie.
 void trim_chunk(const ExactJob& job, int64_t unit) {
   const ExactLayout& at = job.layout;
   const int64_t first = unit % at.row_units * at.unit_rows / at.group;
@@ -210,8 +224,9 @@ void trim_chunk(const ExactJob& job, int64_t unit) {
     if (block >= at.blocks || !job.done[block]) break;
     size += job.apply_piece[block].size;
   }
-  uint8_t* const to = static_cast<uint8_t*>(std::realloc(from, size + 1));
-  if (to == nullptr) return;
+  if (from == nullptr) return;
+  uint8_t* to = static_cast<uint8_t*>(std::realloc(from, size + 1));
+  if (to == nullptr) to = from;
   job.chunk[unit] = to;
   for (int64_t i = first; i < g; ++i) {
     ExactPiece& piece = job.apply_piece[i * at.per_row + side];
@@ -225,10 +240,6 @@ void trim_chunk(const ExactJob& job, int64_t unit) {
 int exact_panel() { return kCols; }
 
 ExactResult exact_unit(const ExactJob& job, int64_t unit) {
-  if (job.apply_piece != nullptr) {
-    job.chunk[unit] = static_cast<uint8_t*>(std::malloc(chunk_bytes(job)));
-    if (job.chunk[unit] == nullptr) return {ExactStatus::no_memory, -1};
-  }
   const ExactResult result = job.w.dtype == DType::f32    ? run_unit<float>(job, unit)
                              : job.w.dtype == DType::bf16 ? run_unit<bf16>(job, unit)
                                                           : run_unit<f16>(job, unit);

@@ -71,27 +71,25 @@ LK_INLINE uint32_t lanes(iv mask) {
 #endif
 }
 constexpr uint32_t kAllLanes = (1u << kN) - 1u;
+// All ones in the lanes where bits are set.
+LK_INLINE iv lane_set(uint32_t bits) {
+  return -((isplat(static_cast<int32_t>(bits)) >> iota()) & 1);
+}
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// For each set of lanes, one a byte: the numbers of its lanes side by side, and at each lane how
-// many lanes of the set lie before it.
-struct LaneTables {
-  uint64_t lanes[256], ranks[256];
-  constexpr LaneTables() : lanes(), ranks() {
+// For each set of lanes their numbers, one a byte, side by side.
+struct LaneLists {
+  uint64_t of[256];
+  constexpr LaneLists() : of() {
     for (int bits = 0; bits < 256; ++bits) {
       int n = 0;
       for (int lane = 0; lane < 8; ++lane) {
-        ranks[bits] |= static_cast<uint64_t>(n) << (8 * lane);
-        if (bits >> lane & 1) lanes[bits] |= static_cast<uint64_t>(lane) << (8 * n++);
+        if (bits >> lane & 1) of[bits] |= static_cast<uint64_t>(lane) << (8 * n++);
       }
     }
   }
 };
-constexpr LaneTables kLaneTables;
-
-LK_INLINE iv eight_bytes(uint64_t x) {
-  return (iv)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(x)));
-}
+constexpr LaneLists kLaneLists;
 #endif
 
 // Puts the lanes where bits are set side by side; what comes after them is arbitrary. No branches:
@@ -104,7 +102,9 @@ struct Compress {
   LK_INLINE iv operator()(iv v) const { return (iv)_mm512_maskz_compress_epi32(bits, (__m512i)v); }
 #elif defined(__AVX2__)
   iv order;
-  LK_INLINE explicit Compress(uint32_t b) : order(eight_bytes(kLaneTables.lanes[b & 255u])) {}
+  LK_INLINE explicit Compress(uint32_t b)
+      : order((iv)_mm256_cvtepu8_epi32(
+            _mm_cvtsi64_si128(static_cast<long long>(kLaneLists.of[b & 255u])))) {}
   LK_INLINE iv numbers() const { return order; }
   LK_INLINE iv operator()(iv v) const {
     return (iv)_mm256_permutevar8x32_epi32((__m256i)v, (__m256i)order);
@@ -122,23 +122,59 @@ struct Compress {
 #endif
 };
 
-// The lowest bits of `from`, one for each lane of `some`, in order; 0 in the other lanes.
-LK_INLINE iv spread(uint32_t from, uint32_t some) {
+// Of each lane, exact for values below 2^24.
+LK_INLINE iv bit_widths(uv x) {
+  const iv width = ((iv) __builtin_convertvector((iv)x, fv) >> 23) - 126;
+  return width & (width > 0);
+}
+
+#if defined(__AVX2__)
+#define LK_PACKS_LANES 1
+// Eight lanes with `width` bits each, below 2^24, side by side in one word of up to 56 bits. The
+// functions below take the eights of a vector one by one.
+constexpr int kEights = kN / 8;
+
+LK_INLINE __m256i eight(iv v, int part) {
 #if defined(__AVX512F__)
-  const iv bit = (isplat(static_cast<int32_t>(from)) >> iota()) & 1;
-  return (iv)_mm512_maskz_expand_epi32(static_cast<__mmask16>(some), (__m512i)bit);
-#elif defined(__AVX2__)
-  const iv rank = eight_bytes(kLaneTables.ranks[some]);
-  const iv on = (isplat(static_cast<int32_t>(some)) >> iota()) & 1;
-  return (isplat(static_cast<int32_t>(from)) >> rank) & on;
+  return part == 0 ? _mm512_castsi512_si256((__m512i)v) : _mm512_extracti64x4_epi64((__m512i)v, 1);
 #else
-  iv r = {};
-  for (; some != 0; some &= some - 1, from >>= 1) {
-    r[__builtin_ctz(some)] = static_cast<int32_t>(from & 1);
-  }
-  return r;
+  (void)part;
+  return (__m256i)v;
 #endif
 }
+
+// Where each lane's bits begin.
+LK_INLINE __m256i lane_offsets(__m256i width, int* total) {
+  __m256i end = _mm256_add_epi32(width, _mm256_slli_si256(width, 4));
+  end = _mm256_add_epi32(end, _mm256_slli_si256(end, 8));
+  const __m256i low = _mm256_permute2x128_si256(end, end, 0x08);  // 0 | the lower half
+  end = _mm256_add_epi32(end, _mm256_shuffle_epi32(low, 0xff));
+  *total = _mm256_extract_epi32(end, 7);
+  return _mm256_sub_epi32(end, width);
+}
+
+LK_INLINE uint64_t pack_lanes(__m256i v, __m256i offset) {
+  const __m256i lo = _mm256_sllv_epi64(_mm256_cvtepu32_epi64(_mm256_castsi256_si128(v)),
+                                       _mm256_cvtepu32_epi64(_mm256_castsi256_si128(offset)));
+  const __m256i hi = _mm256_sllv_epi64(_mm256_cvtepu32_epi64(_mm256_extracti128_si256(v, 1)),
+                                       _mm256_cvtepu32_epi64(_mm256_extracti128_si256(offset, 1)));
+  const __m256i four = _mm256_or_si256(lo, hi);
+  const __m128i two = _mm_or_si128(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+  return static_cast<uint64_t>(_mm_cvtsi128_si64(two)) |
+         static_cast<uint64_t>(_mm_extract_epi64(two, 1));
+}
+
+LK_INLINE __m256i unpack_lanes(uint64_t word, __m256i width, __m256i offset) {
+  const __m256i all = _mm256_set1_epi64x(static_cast<long long>(word));
+  const __m256i lo = _mm256_srlv_epi64(all, _mm256_cvtepu32_epi64(_mm256_castsi256_si128(offset)));
+  const __m256i hi =
+      _mm256_srlv_epi64(all, _mm256_cvtepu32_epi64(_mm256_extracti128_si256(offset, 1)));
+  const __m256i even = _mm256_castps_si256(
+      _mm256_shuffle_ps(_mm256_castsi256_ps(lo), _mm256_castsi256_ps(hi), 0x88));
+  const __m256i above = _mm256_sllv_epi32(_mm256_set1_epi32(-1), width);
+  return _mm256_andnot_si256(above, _mm256_permute4x64_epi64(even, 0xd8));
+}
+#endif
 
 // kN 16-bit values, as integers.
 LK_INLINE uv load_u16(const void* p) {

@@ -12,7 +12,7 @@ namespace lora_kernels {
 
 constexpr int64_t kExactBlock = 2048;
 constexpr int64_t kExactMaxBlock = 2 * kExactBlock - 1;
-constexpr int64_t kExactUnitRows = 8;
+constexpr int64_t kExactUnitRows = 6;  // few: a unit's update stays near the core
 
 struct ExactLayout {
   int64_t rows, cols;
