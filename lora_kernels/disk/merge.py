@@ -11,6 +11,7 @@ from .plan import make_plan
 from .progress import Progress
 from .stream import BLOCK_BYTES, SYNC_BYTES, ShardWriter
 from .verify import verify_checkpoint
+from .workers import Workers
 
 FORMAT = 1
 
@@ -59,9 +60,10 @@ def merge_checkpoint(
     journal = Journal(folder, _job(base, adapter_dirs, weights, allow_tied, block_bytes))
     try:
         if not journal.finished:
-            _write(base, edits, journal, summary, quiet, block_bytes, sync_bytes)
-            if verify:
-                _verify(base, edits, folder, quiet, block_bytes)
+            with Workers() as workers:
+                _write(workers, base, edits, journal, quiet, block_bytes, sync_bytes)
+                if verify:
+                    _verify(workers, base, edits, folder, quiet, block_bytes)
         journal.finish(out)
     except CheckpointError:
         journal.discard()
@@ -138,13 +140,13 @@ def _job(base, adapter_dirs, weights, allow_tied, block_bytes):
     }
 
 
-def _write(base, edits, journal, summary, quiet, block_bytes, sync_bytes):
+def _write(workers, base, edits, journal, quiet, block_bytes, sync_bytes):
     done = sum(min(journal.done.get(name, 0), size) for name, size in base.shards.items())
     progress = Progress("merge", sum(base.shards.values()), done, quiet=quiet)
     for shard, size in base.shards.items():
         path = os.path.join(journal.folder, shard)
         if journal.done.get(shard) != size or not os.path.isfile(path) or os.path.getsize(path) != size:
-            ShardWriter(base, shard, edits, journal, progress, block_bytes, sync_bytes).write()
+            ShardWriter(workers, base, shard, edits, journal, progress, block_bytes, sync_bytes).write()
     folders = {journal.folder}
     for name in base.sidecars:
         target = os.path.join(journal.folder, name)
@@ -157,7 +159,7 @@ def _write(base, edits, journal, summary, quiet, block_bytes, sync_bytes):
     progress.close()
 
 
-def _verify(base, edits, folder, quiet, block_bytes):
+def _verify(workers, base, edits, folder, quiet, block_bytes):
     progress = Progress("verify", sum(base.shards.values()), quiet=quiet)
-    verify_checkpoint(base, edits, folder, progress, block_bytes)
+    verify_checkpoint(workers, base, edits, folder, progress, block_bytes)
     progress.close()

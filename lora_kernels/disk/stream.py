@@ -1,4 +1,4 @@
-"""Writing shards: bytes that stay are copied inside the kernel, tensors that change pass through one small buffer.
+"""Writing shards: bytes that stay are copied inside the kernel, tensors that change pass through small buffers.
 
 The output has the header and the offsets of the source, so everything between edited tensors is one stretch to copy.
 """
@@ -61,18 +61,23 @@ def read_exactly(handle, view, offset):
         view, offset = view[count:], offset + count
 
 
-def edited_blocks(handle, info, edit, block_bytes, done=0):
-    """Yields (offset in the file, bytes) of the edited tensor, from the first block that ends after ``done``."""
+def edited_blocks(workers, handle, info, edit, block_bytes, use, done=0):
+    """Calls ``use(offset in the file, bytes)`` in some thread for each block of the edited tensor, from the first one
+    that ends after ``done``; yields (offset, size) in order when a block and all before it are through."""
     reader = RowReader(handle, info, block_bytes)
-    other = RowReader(handle, info, block_bytes)  # what is read for norms must not overwrite a block
-    ready = TensorEdit(info, edit, other.read, reader.block_rows)
-    for row in range(0, reader.rows, reader.block_rows):
+    ready = TensorEdit(info, edit, reader.read, reader.block_rows)
+
+    def one(reader, row):
         count = min(reader.block_rows, reader.rows - row)
         offset = info.start + row * reader.row_bytes
-        if offset + count * reader.row_bytes <= done:
-            continue
         ready.apply_(reader.read(row, count), row)
-        yield offset, reader.bytes
+        use(offset, reader.bytes)
+        return offset, len(reader.bytes)
+
+    size = reader.block_rows * reader.row_bytes
+    first = max(0, done - info.start) // size if size else 0
+    rows = range(first * reader.block_rows, reader.rows, reader.block_rows)
+    yield from workers.run(one, rows, lambda: RowReader(handle, info, block_bytes))
 
 
 class ShardWriter:
@@ -81,7 +86,8 @@ class ShardWriter:
     Points to continue from are synced by a thread meanwhile, which also keeps the amount of unwritten memory low.
     """
 
-    def __init__(self, base, shard, edits, journal, progress, block_bytes, sync_bytes):
+    def __init__(self, workers, base, shard, edits, journal, progress, block_bytes, sync_bytes):
+        self.workers = workers
         self.base, self.shard, self.edits, self.journal = base, shard, edits, journal
         self.progress, self.block_bytes, self.sync_bytes = progress, block_bytes, sync_bytes
         self.path = os.path.join(journal.folder, shard)
@@ -129,9 +135,12 @@ class ShardWriter:
                     yield position, count
                     position += count
                 continue
-            for offset, data in edited_blocks(source, info, self.edits[info.name], self.block_bytes, done):
+            edit = self.edits[info.name]
+
+            def put(offset, data):
                 write_exactly(target, data, offset)
-                yield offset, len(data)
+
+            yield from edited_blocks(self.workers, source, info, edit, self.block_bytes, put, done)
 
     @property
     def _copy_bytes(self):

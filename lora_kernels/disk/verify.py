@@ -16,7 +16,7 @@ _CHUNK = 1 << 20
 _ROWS_IN_FLOAT64 = 4
 
 
-def verify_checkpoint(base, edits, folder, progress, block_bytes):
+def verify_checkpoint(workers, base, edits, folder, progress, block_bytes):
     """Compares ``folder`` with what merging ``base`` should give.
 
     Raises:
@@ -30,7 +30,7 @@ def verify_checkpoint(base, edits, folder, progress, block_bytes):
                 if info is None:
                     _compare_copied(base, shard, source, target, start, stop, progress)
                 else:
-                    _compare_edited(source, target, info, edits[info.name], progress, block_bytes)
+                    _compare_edited(workers, source, target, info, edits[info.name], progress, block_bytes)
         finally:
             os.close(source)
             os.close(target)
@@ -65,17 +65,18 @@ def _compare_copied(base, shard, source, target, start, stop, progress):
         progress.advance(count)
 
 
-def _compare_edited(source, target, info, edit, progress, block_bytes):
-    merged = RowReader(target, info, block_bytes)
-    for offset, data in edited_blocks(source, info, edit, block_bytes):
-        count = len(data) // merged.row_bytes
-        merged.read((offset - info.start) // merged.row_bytes, count)
-        if merged.bytes != data:
+def _compare_edited(workers, source, target, info, edit, progress, block_bytes):
+    def compare(offset, data):
+        found = bytearray(len(data))
+        read_exactly(target, memoryview(found), offset)
+        if found != data:
             raise CheckpointError(f"verify: '{info.name}' is not what the merge gives (bytes from {offset})")
-        progress.advance(len(data))
+
+    for _, count in edited_blocks(workers, source, info, edit, block_bytes, compare):
+        progress.advance(count)
     if any(term.magnitude is not None for term in edit.terms):
         return
-    original = RowReader(source, info, block_bytes)
+    original, merged = RowReader(source, info, block_bytes), RowReader(target, info, block_bytes)
     step = max(1, info.matrix[0] // _ROWS_IN_FLOAT64)
     for row in range(0, info.matrix[0], step):
         _check_row(original.read(row, 1), merged.read(row, 1), row, info, edit)
