@@ -101,7 +101,9 @@ def adapter_keys(model, adapter_name):
             copies = (*copies, f"{path}.modules_to_save.")
             if adapter_name in module.modules_to_save:
                 for key in module.modules_to_save[adapter_name].state_dict():
-                    required[f"{path}.{key}"] = f"{path}.modules_to_save.{adapter_name}.{key}"
+                    # Of a tied copy PEFT saves the weight alone.
+                    kind = optional if adapter_name in module.tied and key != "weight" else required
+                    kind[f"{path}.{key}"] = f"{path}.modules_to_save.{adapter_name}.{key}"
         elif isinstance(module, TrainableTokensWrapper) and adapter_name in module.saved_adapters():
             required[f"{path}.{DELTA}"] = f"{path}.{DELTA}.{adapter_name}"
         owner = bias == "all" or (bias == "lora_only" and path.endswith(".base_layer"))
@@ -120,7 +122,8 @@ def expected_shapes(targets):
             shapes[f"{PREFIX}{target.name}.{key}"] = shape
     for name, module in targets.saved:
         module = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-        shapes.update({f"{PREFIX}{name}.{key}": value.shape for key, value in module.state_dict().items()})
+        saved = {k: v for k, v in module.state_dict().items() if name not in targets.saved_tied or k == "weight"}
+        shapes.update({f"{PREFIX}{name}.{key}": value.shape for key, value in saved.items()})
     for target in targets.tokens:
         if target.tied_to is None:
             shapes[f"{PREFIX}{target.name}.{DELTA}"] = (len(target.indices), below(target.module).weight.shape[1])

@@ -17,6 +17,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         super().__init__()
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
+        self.tied = set()  # the adapters whose copy has the weight of the copy of the input embedding
         self.train(module.training)
 
     def adapter_names(self):
@@ -52,6 +53,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """
         copied = {}  # what deepcopy takes as copied already
         if tied_to is not None:
+            self.tied.add(adapter_name)
             copied = {id(self.original_module.weight): tied_to.modules_to_save[adapter_name].weight}
         self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module, copied).requires_grad_(False)
 
@@ -77,4 +79,5 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Removes the copy of an adapter, if it has one."""
         if adapter_name in self.modules_to_save:
             del self.modules_to_save[adapter_name]
+        self.tied.discard(adapter_name)
         self._active_adapter = [n for n in self._active_adapter if n != adapter_name]

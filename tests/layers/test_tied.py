@@ -237,7 +237,7 @@ def test_tied_copies_have_one_weight(saved, tmp_path):
     close(plain(ids()), y.double())
 
 
-def test_a_tied_copy_of_a_head_keeps_its_bias_where_peft_drops_it():
+def test_a_tied_copy_of_a_head_keeps_its_bias_where_peft_drops_it(tmp_path):
     config = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}
 
     def base():
@@ -247,6 +247,15 @@ def test_a_tied_copy_of_a_head_keeps_its_bias_where_peft_drops_it():
     theirs = peft.get_peft_model(base(), peft.LoraConfig(**config))
     close(ours(ids()), base()(ids()).double())
     assert (theirs(ids()) - base()(ids())).abs().max() > 0.01
+    # The bias may be in a checkpoint, and need not.
+    ours.get_base_model().lm_head.bias.data += 1
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    for side, shift in (("ours", 1), ("theirs", 0)):
+        loaded = lk.PeftModel.from_pretrained(base(), str(tmp_path / side))
+        close(loaded(ids()), base()(ids()).double() + shift)
+    loaded = peft.PeftModel.from_pretrained(base(), str(tmp_path / "ours"))
+    close(loaded(ids()), theirs(ids()).double())
 
 
 # Encoder and decoder

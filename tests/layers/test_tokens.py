@@ -217,6 +217,17 @@ def test_what_several_adapters_can_not_do_and_deleting_one():
     assert list(ours.state_dict()) == list(theirs.state_dict())
 
 
+@pytest.mark.parametrize("tokens", [{"default": [1, 3], "b": [2]}, {"default": None, "b": [2]}])
+def test_a_weighted_combination_starts_from_the_rows_of_the_weight_as_in_peft(tokens):
+    ours, theirs = pair(tokens, adapters=tuple(tokens))
+    for model in (ours, theirs):
+        model.base_model.add_weighted_adapter(["default", "b"], [1.0, 0.5], "new", combination_type="cat")
+        model.set_adapter("new")
+    same(ours, theirs, (ids(),))
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert list(map(vars, ours.get_layer_status())) == list(map(vars, theirs.get_layer_status()))
+
+
 def test_switching_replaces_rows_and_a_failure_restores_them(monkeypatch):
     tokens = {"default": [0, 1, 2], "b": [2, 3]}
     ours, _ = pair(tokens, lambda: fresh(True), adapters=tuple(tokens))
