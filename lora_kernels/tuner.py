@@ -150,14 +150,15 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
                 if target.tied_to is not None:
                     leader = self.model.get_submodule(target.tied_to)
                     Tie(adapter_name, leader, layer, start=config.init_lora_weights is not False)
-            self._inject_beside(adapter_name, targets, autocast_adapter_dtype, disabled, undo)
+            rows = autocast_adapter_dtype, "meta" if meta else None
+            self._inject_beside(adapter_name, targets, rows, disabled, undo)
             self._unfuse(undo)
         except BaseException:
             for function, *arguments in reversed(undo):
                 function(*arguments)
             raise
 
-    def _inject_beside(self, adapter_name, targets, autocast_adapter_dtype, disabled, undo):
+    def _inject_beside(self, adapter_name, targets, rows, disabled, undo):
         """What the adapter trains beside LoRA: modules in full, and rows of embeddings."""
         for index, (name, module) in enumerate(targets.saved):
             wrapper = module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module)
@@ -170,7 +171,7 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
             if not isinstance(wrapper, TrainableTokensWrapper):
                 leader = None if target.tied_to is None else self.model.get_submodule(target.tied_to).token_adapter
                 wrapper = TrainableTokensWrapper(target.module, leader)
-            added = adapter_name, target.indices, autocast_adapter_dtype
+            added = adapter_name, target.indices, *rows
             self._inject_wrapper(target.name, target.module, wrapper, disabled, undo, added)
             target.module = wrapper
 

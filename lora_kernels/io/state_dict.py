@@ -8,7 +8,7 @@ from collections import namedtuple
 import torch
 from torch import nn
 
-from ..layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
+from ..layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer, TrainableTokensWrapper
 from ..names import EMBEDDING_NAMES, below
 from .checkpoint import CheckpointError, check_tensors
 
@@ -212,7 +212,7 @@ def _assign(model, key, tensor):
 
 
 def _device(model, path):
-    """Where the LoRA layer that ``path`` is in has its base weight."""
-    while not isinstance(model.get_submodule(path), LoraLayer):
+    """Where the layer with adapters that ``path`` is in has its base weight."""
+    while not isinstance(model.get_submodule(path), (LoraLayer, TrainableTokensLayer)):
         path = path.rpartition(".")[0]
     return model.get_submodule(path).weight.device

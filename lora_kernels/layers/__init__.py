@@ -7,7 +7,8 @@ from .conv import LoraConv
 from .embedding import LoraEmbedding
 from .linear import LoraLinear
 from .saved import ModulesToSaveWrapper
-from .tokens import TrainableTokensLayer, TrainableTokensWrapper
+from .token_wrapper import TrainableTokensWrapper
+from .tokens import TrainableTokensLayer
 from .transposed import LoraTransposed
 
 # A base layer gets the first of these that accepts it.

@@ -9,7 +9,6 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .auxiliary import AuxiliaryTrainingWrapper
 from .linear import _unhooked
 from .mixed import Batch, Rows
 
@@ -121,12 +120,13 @@ class TrainableTokensLayer(nn.Module):
 
     # Adding, removing and choosing
 
-    def update_layer(self, adapter_name, token_indices, autocast_adapter_dtype=True):
+    def update_layer(self, adapter_name, token_indices, autocast_adapter_dtype=True, device=None):
         """Adds an adapter, frozen and not active: its rows start as those of the base weight.
 
         Args:
             token_indices: list of int; of a tied layer they are those of the embedding, which has the adapter already.
             autocast_adapter_dtype: float32 rows where the weight is half precision.
+            device: of the rows, instead of that of the weight ("meta": to be loaded).
 
         Raises:
             ValueError: an index outside of the weight.
@@ -139,7 +139,7 @@ class TrainableTokensLayer(nn.Module):
             half = weight.dtype in (torch.float16, torch.bfloat16)
             dtype = torch.float32 if half and autocast_adapter_dtype else weight.dtype
             index = torch.tensor(token_indices, dtype=torch.long, device=weight.device)
-            delta = weight.detach()[index].to(dtype)
+            delta = weight.detach()[index].to(device=device or weight.device, dtype=dtype)
             self.trainable_tokens_delta[adapter_name] = nn.Parameter(delta, requires_grad=False)
             self.token_indices[adapter_name] = list(token_indices)
         # The tokens in order, each once, and its row: of one that is named twice the last, as index_copy has it.
@@ -336,85 +336,3 @@ class TrainableTokensLayer(nn.Module):
         self.unmerge([n for n in self.merged_adapters if n not in merged])
         self.merge(adapter_names=[n for n in merged if n not in self.merged_adapters])
         self._active_adapter = active
-
-
-class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
-    """Stands for the embedding in its model, with the ``weight`` that is in use; ``token_adapter`` does the work."""
-
-    adapter_layer_names = ("token_adapter.trainable_tokens_delta",)
-    other_param_names = ("token_adapter.token_indices",)
-
-    def __init__(self, module, tied_adapter=None):
-        super().__init__()
-        self.token_adapter = TrainableTokensLayer(module, tied_adapter)
-        self.train(module.training)
-
-    def adapter_names(self):
-        """All adapters with rows here."""
-        return self.token_adapter.adapter_names()
-
-    def saved_adapters(self):
-        """Those whose rows are saved from here: tied rows are those of the embedding."""
-        return self.adapter_names() if self.token_adapter.tied_adapter is None else []
-
-    @property
-    def original_module(self):
-        return self.token_adapter.base_layer
-
-    @property
-    def active_adapters(self):
-        return self.token_adapter.active_adapters
-
-    @property
-    def merged_adapters(self):
-        return self.token_adapter.merged_adapters
-
-    @property
-    def merged(self):
-        return self.token_adapter.merged
-
-    def __setattr__(self, name, value):
-        super().__setattr__(name, value)
-        if "token_adapter" in self.__dict__.get("_modules", {}):
-            if name == "_rows":
-                self.token_adapter._rows = value
-            elif name == "_active_adapter":
-                self.token_adapter._active_adapter = [n for n in value if n in self.adapter_names()]
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "token_adapter" not in self.__dict__.get("_modules", {}):
-                raise
-            adapter = self._modules["token_adapter"]
-            return adapter.current_weight() if name == "weight" else getattr(adapter.base_layer, name)
-
-    def forward(self, *args, **kwargs):
-        return self.token_adapter(*args, **kwargs)
-
-    def unwrap(self):
-        """What stays when the wrapper goes: the module, with what is merged in it."""
-        return self.token_adapter.base_layer
-
-    def add(self, adapter_name, token_indices, autocast_adapter_dtype=True):
-        """Gives an adapter its rows; see :meth:`TrainableTokensLayer.update_layer`."""
-        self.token_adapter.update_layer(adapter_name, token_indices, autocast_adapter_dtype)
-
-    def set_adapter(self, adapter_names, inference_mode=False):
-        """Makes the rows of the adapter current and trainable; those of the weight when it has none."""
-        self.check_set_adapter(adapter_names)
-        self.token_adapter.set_adapter(adapter_names, inference_mode)
-
-    def set_requires_grad(self, adapter_names, requires_grad=True):
-        """Freezes or unfreezes the rows of the adapters named."""
-        self.token_adapter.set_requires_grad(adapter_names, requires_grad)
-
-    def enable_adapters(self, enabled):
-        """Turns the rows of the adapters off or on again."""
-        self._disable_adapters = not enabled
-        self.token_adapter.enable_adapters(enabled)
-
-    def delete_adapter(self, adapter_name):
-        """Removes an adapter, if it is here. ValueError when it is merged."""
-        self.token_adapter.delete_adapter(adapter_name)
