@@ -18,6 +18,7 @@ from .testing import (
     exact_lora_linear,
     exact_merge,
     exact_multi_lora_linear,
+    make_grouped,
     make_linear,
     make_multi,
 )
@@ -154,6 +155,28 @@ def _multi_list(shape, dtype, adapter_dtype, device):
     yield ours, _eager_multi(case), _exact_multi(case)
 
 
+def _grouped(shape, dtype, adapter_dtype, device):
+    """Two projections of one input, and the gradients of x and of the factors."""
+    num_tokens, features, outputs, rank = shape
+    sizes = (num_tokens, features, (outputs, outputs // 2), (rank, rank + 3))
+    case = make_grouped(*sizes, dtype, adapter_dtype, device=device)
+
+    def results(run, cast):
+        groups = [[cast(t.detach()).requires_grad_() for t in group] for group in case.groups()]
+        y = run(groups[0][0], *groups[1:])
+        leaves = [*groups[0], *groups[3], *groups[4]]
+        return (*y, *torch.autograd.grad(y, leaves, [torch.ones_like(part) for part in y]))
+
+    def apart(one):
+        return lambda x, *groups: [one(x, *each, s) for *each, s in zip(*groups, case.scalings, strict=True)]
+
+    ours = results(lambda *args: ops.grouped_lora_linear(*args, case.scalings), torch.clone)
+    yield from zip(
+        ours, results(apart(eager_lora_linear), torch.clone), results(apart(exact_lora_linear), torch.Tensor.double),
+        strict=True,
+    )  # fmt: skip
+
+
 def _shrink_expand(shape, dtype, adapter_dtype, device):
     case = make_multi(*shape, NUM_SLOTS, dtype, adapter_dtype, device=device)
     plan = ops.plan_batch(case.token_slots, case.slot_ranks)
@@ -212,6 +235,7 @@ CHECKS = {
     "lora_add_": _add,
     "multi_lora_linear, banks": _multi,
     "multi_lora_linear, lists": _multi_list,
+    "grouped_lora_linear": _grouped,
     "lora_shrink, lora_expand_": _shrink_expand,
     "merge_": _merge,
     "unmerge_": _unmerge,
@@ -226,6 +250,7 @@ NEEDS = {
     "lora_add_": ("lora_add_",),
     "multi_lora_linear, banks": ("multi_lora_linear",),
     "multi_lora_linear, lists": ("multi_lora_linear_list",),
+    "grouped_lora_linear": ("grouped_lora_linear", "grouped_lora_backward"),
     "lora_shrink, lora_expand_": ("lora_shrink", "lora_expand_"),
     "merge_": ("merge_",),
     "unmerge_": ("merge_",),

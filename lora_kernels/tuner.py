@@ -7,6 +7,7 @@ from torch import nn
 from .combine import ModelCombining
 from .layers import AuxiliaryTrainingWrapper, LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
 from .layers.base import check_adapter_name
+from .layers.grouped import group_siblings
 from .layers.mixed import BASE, Batch, Rows
 from .layers.tied import Tie, tie_equal
 from .merging import ModelMerging
@@ -119,7 +120,7 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
             wrapper.set_adapter(self._active, targets.config.inference_mode)
 
     def _inject(self, adapter_name, targets, autocast_adapter_dtype, meta):
-        config, undo = targets.config, []
+        config, undo, layers = targets.config, [], {}
         disabled = any(layer.disable_adapters for layer in self._parts())
         try:
             for target in targets.lora:
@@ -147,12 +148,14 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
                 if replaced is not None:
                     undo.append((setattr, layer.weight, "data", replaced))
                 self._replace(target.name, target.module, layer, undo)
+                layers[target.name] = layer
                 if target.tied_to is not None:
                     leader = self.model.get_submodule(target.tied_to)
                     Tie(adapter_name, leader, layer, start=config.init_lora_weights is not False)
             rows = autocast_adapter_dtype, "meta" if meta else None
             self._inject_beside(adapter_name, targets, rows, disabled, undo)
             self._unfuse(undo)
+            group_siblings(layers)
         except BaseException:
             for function, *arguments in reversed(undo):
                 function(*arguments)

@@ -96,15 +96,19 @@ inline bool base_forward(const TensorArg& y, const TensorArg& x, const TensorArg
   return true;
 }
 
-// dx (M, K) = dy W by torch, in place of panel_backward.
-inline void torch_backward(const TensorArg& dx, const TensorArg& dy, const TensorArg& w,
-                           Path path) {
+// dx (M, K) = dy W by torch, or dx += dy W, in place of panel_backward.
+inline void torch_backward(const TensorArg& dx, const TensorArg& dy, const TensorArg& w, Path path,
+                           bool accumulate = false) {
   if (path == Path::widened) {
-    widened_backward(dx, dy, w);
+    widened_backward(dx, dy, w, accumulate);
     return;
   }
   const NoGrad guard;
-  LK_ABI(aoti_torch_cpu_mm_out(dx.get(), dy.get(), w.get()));
+  if (accumulate) {
+    LK_ABI(aoti_torch_cpu_addmm_out(dx.get(), dx.get(), dy.get(), w.get(), 1.0, 1.0));
+  } else {
+    LK_ABI(aoti_torch_cpu_mm_out(dx.get(), dy.get(), w.get()));
+  }
 }
 
 // The path for this weight. A weight with no contiguous dimension goes to the vendor, or is copied

@@ -98,8 +98,9 @@ inline void widened_linear(const TensorArg& y, const TensorArg& x, const TensorA
   }
 }
 
-// dx (M, K) = dy W.
-inline void widened_backward(const TensorArg& dx, const TensorArg& dy, const TensorArg& w) {
+// dx (M, K) = dy W, or dx += dy W.
+inline void widened_backward(const TensorArg& dx, const TensorArg& dy, const TensorArg& w,
+                             bool accumulate) {
   const NoGrad guard;
   const int32_t wide = type_codes().f32;
   const int64_t M = dy.size(0), N = w.size(0), K = w.size(1);
@@ -112,12 +113,13 @@ inline void widened_backward(const TensorArg& dx, const TensorArg& dy, const Ten
     const TensorArg dy_wide = block_of(dy_all, 0, m_count, 0, N),
                     dx_wide = block_of(dx_all, 0, m_count, 0, K);
     copy_into(dy_wide, block_of(dy, m, m_count, 0, N));
+    if (accumulate) copy_into(dx_wide, block_of(dx, m, m_count, 0, K));
     for (int64_t n = 0; n < N; n += cols) {
       const int64_t n_count = std::min(cols, N - n);
       const TensorArg w_wide = block_of(w_all, 0, n_count, 0, K),
                       dy_part = block_of(dy_wide, 0, m_count, n, n_count);
       copy_into(w_wide, block_of(w, n, n_count, 0, K));
-      if (n == 0) {
+      if (n == 0 && !accumulate) {
         LK_ABI(aoti_torch_cpu_mm_out(dx_wide.get(), dy_part.get(), w_wide.get()));
       } else {
         LK_ABI(aoti_torch_cpu_addmm_out(dx_wide.get(), dx_wide.get(), dy_part.get(), w_wide.get(),

@@ -4,7 +4,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..ops.embedding.api import lora_embedding
+from ..ops.linear.api import autocast_dtype
 from .base import LoraLayer
+from .linear import _unhooked
 
 
 class LoraEmbedding(LoraLayer):
@@ -58,6 +61,27 @@ class LoraEmbedding(LoraLayer):
 
     def _norm_factors(self, name):
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
+
+    def forward(self, x, *args, **kwargs):
+        plain = None if args or kwargs or self._rows.batch is not None else self._plain(x)
+        if plain is None:
+            return super().forward(x, *args, **kwargs)
+        return lora_embedding(x, *plain, padding_idx=self.base_layer.padding_idx)
+
+    def _plain(self, x):
+        """(weight, A, B, scaling) where one op computes the layer, None where not."""
+        base, single = self.base_layer, self._single
+        if single is None or base.__class__ is not nn.Embedding or not _unhooked(base):
+            return None
+        if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
+            return None
+        name, scale = single
+        weight, a, b = base._parameters.get("weight"), self.lora_embedding_A[name], self.lora_embedding_B[name]
+        if weight.__class__ is not nn.Parameter or a.dtype not in (weight.dtype, torch.float32) or b.dtype != a.dtype:
+            return None
+        if weight.requires_grad or x.dtype not in (torch.int32, torch.int64):
+            return None
+        return None if autocast_dtype(x.device.type) is not None else (weight, a, b, self._buffers[scale])
 
     def _update(self, name, x):
         base = self.base_layer

@@ -21,6 +21,7 @@ class LoraLinear(LoraLayer):
     """
 
     base_class = nn.Linear
+    _group = None  # of the projections that read the same input, see grouped.py
 
     def __init__(self, base_layer):
         super().__init__(base_layer)
@@ -122,32 +123,44 @@ class LoraLinear(LoraLayer):
         return self.lora_A[name].weight, self.lora_B[name].weight
 
     def forward(self, x, *args, **kwargs):
+        if self._rows.batch is not None:
+            return run_lora(self, self._rows.batch, x, *args, **kwargs)
+        plain = None if args or kwargs else self._plain()
+        if plain is None:
+            return self._forward_terms(x, *args, **kwargs)
+        if self._group is not None:
+            y = self._group.output(self, x, plain)
+            if y is not None:
+                return y
+        weight, bias, a, b, scaling, p = plain
+        return _lora_linear(x, weight, bias, a, b, scaling, dropout_p=p)
+
+    def _plain(self):
+        """(weight, bias, A, B, scaling, probability of dropout) where one op computes the layer, None where not."""
         # Everything is read where it lives, at each call: no copy can be stale after .to(), an assigned
         # parameter or a replaced module. Only the choice of adapter is kept (_reroute).
         single, modules = self._single, self._modules
         base = modules["base_layer"]
-        if self._rows.batch is not None:
-            return run_lora(self, self._rows.batch, x, *args, **kwargs)
-        if single is None or base.__class__ is not _Linear or args or kwargs or not _unhooked(base):
-            return self._forward_terms(x, *args, **kwargs)
+        if single is None or base.__class__ is not _Linear or not _unhooked(base):
+            return None
         name, scale = single
         a = modules["lora_A"]._modules[name]._parameters.get("weight")
         b = modules["lora_B"]._modules[name]._parameters.get("weight")
         parameters = base._parameters
         weight = parameters.get("weight")
         if weight.__class__ is not _Parameter or a is None or b is None:
-            return self._forward_terms(x)
+            return None
         dtype = a.dtype
         if (dtype is not weight.dtype and dtype is not torch.float32) or b.dtype is not dtype:
-            return self._forward_terms(x)
+            return None
         p = 0.0
         if self.training:
             dropout = modules["lora_dropout"]._modules[name]
             if dropout.__class__ is _Dropout:
                 p = dropout.p if dropout.training else 0.0
             elif dropout.__class__ is not nn.Identity:
-                return self._forward_terms(x)
-        return _lora_linear(x, weight, parameters["bias"], a, b, self._buffers[scale], dropout_p=p)
+                return None
+        return weight, parameters["bias"], a, b, self._buffers[scale], p
 
     def _forward_rows(self, batch, x, *args, **kwargs):
         modules = self._modules

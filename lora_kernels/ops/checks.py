@@ -4,6 +4,8 @@ The public functions call these before a reference kernel, under ``torch.compile
 has refused its input: the hot path pays nothing.
 """
 
+import contextlib
+
 import torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -156,3 +158,17 @@ def merge(weight, lora_a, lora_b, names=("lora_a", "lora_b")):
     size(names[1], lora_b, (weight.shape[0], lora_a.shape[0]), "(out_features, rank)")
     same_device(weight, **{names[0]: lora_a, names[1]: lora_b})
     in_place("weight", weight, **{names[0]: lora_a, names[1]: lora_b})
+
+
+def same_dtype(name, value, first):
+    if value.dtype != first.dtype:
+        raise TypeError(f"{name}: expected {first.dtype}, the dtype of the first, got {value.dtype}")
+
+
+@contextlib.contextmanager
+def of(part):
+    """In the block an error says which part of the arguments it is about."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{part}: {error}") from None

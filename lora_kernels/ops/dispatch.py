@@ -12,7 +12,10 @@ import os
 
 from .. import _native
 from . import cuda_choice, library, triton_backend
+from .dora.reference import KERNELS as _dora_kernels
+from .embedding.reference import KERNELS as _embedding_kernels
 from .exact.reference import KERNELS as _exact_kernels
+from .grouped.reference import KERNELS as _grouped_kernels
 from .linear.reference import KERNELS as _linear_kernels
 from .merge.reference import KERNELS as _merge_kernels
 from .multi.reference import KERNELS as _multi_kernels
@@ -30,7 +33,15 @@ def _counted(name, kernel):
     return counting
 
 
-_kernels = {**_linear_kernels, **_multi_kernels, **_merge_kernels, **_exact_kernels}
+_kernels = {
+    **_linear_kernels,
+    **_multi_kernels,
+    **_grouped_kernels,
+    **_embedding_kernels,
+    **_merge_kernels,
+    **_dora_kernels,
+    **_exact_kernels,
+}
 REFERENCE = {name: _counted(name, kernel) for name, kernel in _kernels.items()}
 HANDLES = {name: library.op(name) for name in library.SCHEMAS}
 library.register_reference(REFERENCE)

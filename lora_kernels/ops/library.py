@@ -10,6 +10,8 @@ Letters: M tokens, K in_features, N out_features, R rank, S slices of a stacked 
     x (M, K)   weight (N, K)   bias (N)   lora_a (R, K) or (S, R, K)   lora_b (N, R)
     h (M, R) or (M, S*R) float32          mask uint8 (M, ceil(K / 8)), one bit an element, (0,) without dropout
     body uint8: what an exact merge keeps (docs/residual_format.md); its status int64 (2): code, block
+    embedding: ids (M) int64, weight (V, N), lora_a (R, V)     row_norm: weight any 2-D strides -> (rows) float32
+    grouped: a tensor a projection; h (M, sum of R) float32, (0,) without need_h
     row_order int32 (>= M), segment_starts int32 (num_slots + 2): rows sorted by slot, base-only rows first
 """
 
@@ -52,6 +54,14 @@ SCHEMAS = {
         "(Tensor dy, Tensor x, Tensor? weight, Tensor[] lora_a, Tensor[] lora_b, Tensor slot_scalings, "
         f"{_PLAN}, int[]? out_splits, Tensor(a!)[] da, Tensor(b!)[] db, bool need_x) -> Tensor"
     ),
+    "grouped_lora_linear": (
+        "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] lora_a, Tensor[] lora_b, Tensor[] scalings, "
+        "Tensor(a!)[] y, bool need_h, bool batch_invariant) -> Tensor"
+    ),
+    "grouped_lora_backward": (
+        "(Tensor x, Tensor[] dy, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[] scalings, Tensor h, "
+        "Tensor(a!)[] da, Tensor(b!)[] db, bool need_x, bool batch_invariant) -> Tensor"
+    ),
     "lora_shrink": f"(Tensor x, Tensor a_bank, Tensor? slot_ranks, {_PLAN}, bool batch_invariant) -> Tensor",
     "lora_expand_": (
         "(Tensor(a!) y, Tensor h, Tensor b_bank, Tensor slot_scalings, Tensor? slot_ranks, "
@@ -63,6 +73,12 @@ SCHEMAS = {
     "switch_": (
         "(Tensor(a!) weight, Tensor old_a, Tensor old_b, Tensor old_scaling, "
         "Tensor new_a, Tensor new_b, Tensor new_scaling) -> ()"
+    ),
+    "row_norm": "(Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scaling) -> Tensor",
+    "lora_embedding": "(Tensor ids, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scaling) -> Tensor",
+    "lora_embedding_backward": (
+        "(Tensor dy, Tensor ids, Tensor lora_a, Tensor lora_b, Tensor scaling, int padding_idx, bool need_a, "
+        "bool need_b) -> (Tensor, Tensor)"
     ),
     "merge_exact_": "(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, Tensor scaling) -> (Tensor, Tensor)",
     "unmerge_exact_": "(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor body) -> Tensor",
@@ -223,6 +239,17 @@ def _(dy, x, weight, lora_a, lora_b, slot_scalings, row_order, segment_starts, o
     return x.new_empty(x.shape if need_x else (0,))
 
 
+@_fake("grouped_lora_linear")
+def _(x, weights, biases, lora_a, lora_b, scalings, y, need_h, batch_invariant):
+    columns = sum(a.shape[0] for a in lora_a)
+    return x.new_empty((x.shape[0], columns) if need_h else (0,), dtype=torch.float32)
+
+
+@_fake("grouped_lora_backward")
+def _(x, dy, weights, lora_a, lora_b, scalings, h, da, db, need_x, batch_invariant):
+    return x.new_empty(x.shape if need_x else (0,))
+
+
 @_fake("lora_shrink")
 def _(x, a_bank, slot_ranks, row_order, segment_starts, batch_invariant):
     return x.new_empty((x.shape[0], *a_bank.shape[1:-1]), dtype=torch.float32)
@@ -251,6 +278,21 @@ def _(weight, lora_a, lora_b, scaling, sign):
 @_fake("switch_")
 def _(weight, old_a, old_b, old_scaling, new_a, new_b, new_scaling):
     return None
+
+
+@_fake("row_norm")
+def _(weight, lora_a, lora_b, scaling):
+    return weight.new_empty((weight.shape[0],), dtype=torch.float32)
+
+
+@_fake("lora_embedding")
+def _(ids, weight, lora_a, lora_b, scaling):
+    return weight.new_empty((ids.shape[0], weight.shape[1]))
+
+
+@_fake("lora_embedding_backward")
+def _(dy, ids, lora_a, lora_b, scaling, padding_idx, need_a, need_b):
+    return lora_a.new_empty(lora_a.shape if need_a else (0,)), lora_b.new_empty(lora_b.shape if need_b else (0,))
 
 
 def _body(weight):

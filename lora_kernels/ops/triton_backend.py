@@ -16,7 +16,16 @@ import sys
 
 import torch
 
-MODULES = ("linear.triton", "linear.triton_train", "multi.triton", "multi.triton_train", "merge.triton")
+MODULES = (
+    "linear.triton",
+    "linear.triton_train",
+    "multi.triton",
+    "multi.triton_train",
+    "grouped.triton",
+    "embedding.triton",
+    "merge.triton",
+    "dora.triton",
+)
 OLDEST = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
 

@@ -94,6 +94,22 @@ def tma_ready(*tensors):
     )
 
 
+def aligned(tensor):
+    """Whether the matrix can be read 16 bytes at a time, along rows or along columns."""
+    steps = sorted(tensor.stride())
+    return steps[0] <= 1 and steps[1] * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+def strides(tensor):
+    """The strides of a tensor that may be None, of one dimension then."""
+    return (0,) if tensor is None else tensor.stride()
+
+
+def tiles_n(weight, out_splits, block_n):
+    """Tiles of columns of y: none holds columns of two slices."""
+    return sum(-(-width // block_n) for width in out_splits or (weight.shape[0],))
+
+
 @dataclasses.dataclass(frozen=True)
 class StaticCase:
     """A call whose kernels ``lora_kernels.testing.static_gate`` compiles ahead of time, just as the launcher asks.

@@ -4,6 +4,15 @@ import dataclasses
 
 import torch
 
+# (dtype of x, weight and bias; dtype of A and B) that the ops take.
+DTYPES = {
+    "f32": (torch.float32, torch.float32),
+    "f16": (torch.float16, torch.float16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16-f32": (torch.bfloat16, torch.float32),
+    "f16-f32": (torch.float16, torch.float32),
+}
+
 
 @dataclasses.dataclass
 class LinearCase:
@@ -65,6 +74,59 @@ def make_linear(
         lora_b=normal(out_features, rank, std=max(rank, 1) ** -0.5, like=adapter_dtype),
         scaling=torch.tensor(0.7, device=device),
     )
+
+
+@dataclasses.dataclass
+class GroupedCase:
+    """Arguments of ``grouped_lora_linear``."""
+
+    x: torch.Tensor
+    weights: list
+    biases: list
+    lora_a: list
+    lora_b: list
+    scalings: list
+
+    def args(self):
+        return *self.groups(plain_x=True), self.scalings
+
+    def groups(self, plain_x=False):
+        """Weights, biases, A and B, after x or [x]."""
+        return self.x if plain_x else [self.x], self.weights, self.biases, self.lora_a, self.lora_b
+
+
+def make_grouped(num_tokens, in_features, widths, ranks, dtype=torch.float32, adapter_dtype=None, *, base=True,
+                 device="cpu"):  # fmt: skip
+    """A :class:`GroupedCase` of one projection a width and rank."""
+    sizes = enumerate(zip(widths, ranks, strict=True))
+    each = [
+        make_linear(num_tokens, in_features, width, rank, dtype, adapter_dtype, base=base, device=device, seed=seed)
+        for seed, (width, rank) in sizes
+    ]
+    fields = zip(*[case.args()[1:5] for case in each], strict=True)
+    return GroupedCase(each[0].x, *map(list, fields), [case.scaling * (1 + i) for i, case in enumerate(each)])
+
+
+@dataclasses.dataclass
+class EmbeddingCase:
+    """Arguments of ``lora_embedding``."""
+
+    ids: torch.Tensor
+    weight: torch.Tensor
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: torch.Tensor
+
+    def args(self):
+        return self.ids, self.weight, self.lora_a, self.lora_b, self.scaling
+
+
+def make_embedding(num_tokens, num_embeddings, width, rank, dtype=torch.float32, adapter_dtype=None, *, base=True,
+                   device="cpu"):  # fmt: skip
+    """An :class:`EmbeddingCase`; some ids come more than once where there are more rows than embeddings."""
+    case = make_linear(1, num_embeddings, width, rank, dtype, adapter_dtype, base=base, device=device)
+    ids = torch.randint(0, num_embeddings, (num_tokens,), generator=torch.Generator().manual_seed(2))
+    return EmbeddingCase(ids.to(device), case.weight.t().contiguous(), case.lora_a, case.lora_b, case.scaling)
 
 
 def make_multi(

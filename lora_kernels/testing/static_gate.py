@@ -1,19 +1,25 @@
 """Compiles every production configuration of the Triton kernels ahead of time, with no GPU, and reads what came out.
 
-    python -m lora_kernels.testing.static_gate [--only TEXT] [--write FOLDER]
+    python -m lora_kernels.testing.static_gate [--only TEXT] [--sample] [--write FOLDER]
 
 Fails on spills, a stack or local memory, more shared memory or registers than the GPU has, no tensor-core instruction
 where there should be one, and wgmma that ptxas had to serialise. The cases are calls of the launchers themselves
 (``STATIC_CASES`` of the modules in ``ops/triton_backend.py``), whose launches are recorded instead of made; ptxas and
 nvdisasm come from the Triton wheel. Results are cached by source.
+
+The whole table takes minutes; it is kept with a key of the code and the launch of each record, so that tests can tell
+without compiling whether it still is that of the sources. ``--sample`` compiles, of each kernel on each architecture,
+the launches that ask most of a thread.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -43,11 +49,12 @@ _POINTERS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": 
 
 @dataclasses.dataclass
 class Record:
-    """What one kernel of one case became on one architecture."""
+    """What one kernel of one case became on one architecture; ``key`` stands for its code and launch."""
 
     case: str
     kernel: str
     arch: int
+    key: str
     tiles: str
     threads: int
     registers: int
@@ -58,6 +65,7 @@ class Record:
     problems: list
 
 
+@functools.cache
 def cases():
     """Every :class:`~lora_kernels.ops.triton_host.StaticCase`."""
     return [case for module in triton_backend.modules() for case in getattr(module, "STATIC_CASES", list)()]
@@ -124,8 +132,38 @@ def launches_of(case, arch):
         case.call()
     for kernel, args, keywords in launches:
         src, options, values = _source(kernel, args, keywords)
-        found[hashlib.sha256(repr((src.hash(), options)).encode()).hexdigest()] = (src, options, values)
+        launch = (arch, _code(kernel), src.signature, src.constants, src.attrs, sorted(options.items()))
+        found[hashlib.sha256(repr(launch).encode()).hexdigest()[:16]] = (src, options, values)
     return found
+
+
+def _code(kernel, seen=()):
+    """The source of a kernel and of all of ours that it calls."""
+    text, known = kernel.src, kernel.fn.__globals__
+    for name in kernel.fn.__code__.co_names:
+        inner = known.get(name)
+        ours = type(inner) is type(kernel) and inner.fn.__module__.startswith(__package__.partition(".")[0])
+        if ours and inner is not kernel and name not in seen:
+            text += _code(inner, (*seen, name))
+    return text
+
+
+def sample(work):
+    """{(index of the case, arch): keys to compile}: of each kernel on each architecture, for operands of one dtype and
+    of two, the launch with the most elements of a tile a thread."""
+    hardest = {}
+    for index, arch in work:
+        for key, (src, options, values) in launches_of(cases()[index], arch).items():
+            size = math.prod(values[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_H") if name in values)
+            load = (size / options.get("num_warps", 4), not values.get("EVEN_K", True), options.get("num_stages", 1))
+            kinds = {str(kind)[1:5] for kind in src.signature.values() if str(kind) in ("*fp32", "*bf16", "*fp16")}
+            group = (src.fn.__name__, arch, len(kinds) > 1 and values.get("LOW_PRECISION", "tf32"))
+            if group not in hardest or load > hardest[group][0]:
+                hardest[group] = (load, index, key)
+    chosen = {}
+    for (_, arch, _), (_, index, key) in hardest.items():
+        chosen.setdefault((index, arch), set()).add(key)
+    return chosen
 
 
 def triton_host():
@@ -135,10 +173,10 @@ def triton_host():
     return triton_host
 
 
-def measure(case, arch):
-    """Compiles the kernels of a case for one architecture; a :class:`Record` each."""
+def measure(case, arch, keys=None):
+    """Compiles the kernels of a case for one architecture, or those with these keys; a :class:`Record` each."""
     try:
-        launches = launches_of(case, arch)
+        launches = {key: launch for key, launch in launches_of(case, arch).items() if keys is None or key in keys}
         if not launches:
             raise ValueError("no kernel was launched")
     except Exception as error:
@@ -148,7 +186,7 @@ def measure(case, arch):
 
 def _failed(case, arch, kernel, error):
     problem = f"{type(error).__name__}: {error}".split("\n")[0][:300]
-    return Record(case.name, kernel, arch, "", 0, 0, 0, 0, 0, {}, [problem])
+    return Record(case.name, kernel, arch, "", "", 0, 0, 0, 0, 0, {}, [problem])
 
 
 def _measure(case, arch, key, src, options, values):
@@ -156,8 +194,8 @@ def _measure(case, arch, key, src, options, values):
     from triton.backends.compiler import GPUTarget
 
     expected = case.mma.get(src.fn.__name__, "mma")
-    key = hashlib.sha256(repr((triton.__version__, key, arch, expected)).encode()).hexdigest()
-    cache = Path(triton.knobs.cache.dir) / "lora_kernels_static" / f"{key}.json"
+    source = hashlib.sha256(repr((triton.__version__, key, src.hash(), expected)).encode()).hexdigest()
+    cache = Path(triton.knobs.cache.dir) / "lora_kernels_static" / f"{source}.json"
     if cache.is_file():
         return Record(**json.loads(cache.read_text()) | {"case": case.name})
     try:
@@ -165,7 +203,7 @@ def _measure(case, arch, key, src, options, values):
     except Exception as error:  # one that does not compile must not hide the others
         return _failed(case, arch, src.fn.__name__, error)
     blocks = [str(values[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_H", "BLOCK_K") if name in values]
-    record = _read(case, arch, compiled, expected, src.fn.__name__, "x".join(blocks))
+    record = _read(case, arch, key, compiled, expected, src.fn.__name__, "x".join(blocks))
     cache.parent.mkdir(parents=True, exist_ok=True)
     partial = cache.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(dataclasses.asdict(record)))
@@ -173,7 +211,7 @@ def _measure(case, arch, key, src, options, values):
     return record
 
 
-def _read(case, arch, compiled, expected, kernel, tiles):
+def _read(case, arch, key, compiled, expected, kernel, tiles):
     log, sass = _assemble(compiled.asm["ptx"], arch)
     counts = {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTIONS.items()}
     # The header carries the number of warps after specialisation.
@@ -195,7 +233,7 @@ def _read(case, arch, compiled, expected, kernel, tiles):
         problems.append(f"no {wanted} instruction")
     if serialised := SERIALISED.findall(log):
         problems.append(f"wgmma serialised ({', '.join(sorted(set(serialised)))})")
-    return Record(case.name, kernel, arch, tiles, threads, registers, shared, stack, spills, counts, problems)
+    return Record(case.name, kernel, arch, key, tiles, threads, registers, shared, stack, spills, counts, problems)
 
 
 def _assemble(ptx, arch):
@@ -214,17 +252,18 @@ def _assemble(ptx, arch):
     return log.stdout + log.stderr, sass.stdout
 
 
-def _measure_by_index(index, arch):
-    return measure(list(cases())[index], arch)
+def _measure_by_index(index, arch, keys):
+    return measure(cases()[index], arch, keys)
 
 
-def run(only="", jobs=2):
-    """Records of all cases whose name contains ``only``, compiled in ``jobs`` processes."""
+def run(only="", jobs=2, sampled=False):
+    """Records of all cases whose name contains ``only``, or of a :func:`sample`, compiled in ``jobs`` processes."""
     work = [(index, arch) for index, case in enumerate(cases()) if only in case.name for arch in case.archs]
+    work = sample(work) if sampled else dict.fromkeys(work)
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
-        found = pool.map(_measure_by_index, *zip(*work, strict=True)) if work else []
-        return [record for records in found for record in records]
+        found = [pool.submit(_measure_by_index, index, arch, keys) for (index, arch), keys in work.items()]
+        return [record for records in found for record in records.result()]
 
 
 def table(records):
@@ -257,12 +296,18 @@ def write(records, folder):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="lora_kernels.testing.static_gate", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--sample", action="store_true", help="of each kernel the launches that are hardest")
+    parser.add_argument("--keys", action="store_true", help="print the keys of all launches as JSON, compile nothing")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--write", help="folder for triton.json and triton.md")
     args = parser.parse_args(argv)
     if triton_backend.interpreted():
         parser.error("TRITON_INTERPRET is set: kernels are interpreted and can not be compiled")
-    records = run(args.only, args.jobs)
+    if args.keys:
+        names = [(case, arch) for case in cases() for arch in case.archs]
+        print(json.dumps([[case.name, arch, key] for case, arch in names for key in launches_of(case, arch)]))
+        return 0
+    records = run(args.only, args.jobs, args.sample)
     print(table(records))
     bad = [record for record in records if record.problems]
     print(f"\n{len(records)} compiled, {len(bad)} not clean")

@@ -6,16 +6,16 @@ import torch
 import lora_kernels as lk
 from lora_kernels.ops import dispatch, triton_backend
 from lora_kernels.ops.linear.dropout import dropout_mask, unpack_mask
-from lora_kernels.testing import assert_within_budget, eager_lora_linear, exact_lora_linear, make_linear, make_multi
+from lora_kernels.testing import (
+    DTYPES,
+    assert_within_budget,
+    eager_lora_linear,
+    exact_lora_linear,
+    make_linear,
+    make_multi,
+)
 
 pytestmark = pytest.mark.gpu
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.float16, torch.float16),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float32),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def _gradients(function, case, dtype=None):
     return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(
     "shape", [(33, 4096, 1024, 16), (700, 2048, 5632, 64), (4096, 4096, 4096, 16), (515, 1031, 997, 130)]
 )

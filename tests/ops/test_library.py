@@ -21,6 +21,7 @@ def _samples():
     base = (multi.x, multi.weight, multi.bias)
     lists = ([*multi.a_bank.unbind()], [*multi.b_bank.unbind()])
     grads = [[torch.zeros_like(t) for t in group] for group in lists]
+    half_embedding = (torch.randn(4, 16, dtype=torch.bfloat16), torch.randn(24, 4, dtype=torch.bfloat16))
     half_adapter = (a.to(torch.bfloat16), b.to(torch.bfloat16), torch.tensor(2.0))
     merged = weight.clone()
     body, _ = library.op("merge_exact_")(merged, a, b, s)
@@ -42,6 +43,24 @@ def _samples():
         "multi_lora_backward": [
             (torch.randn(6, 16), *base[:2], *lists, multi.slot_scalings, *rows, None, *grads, True),
         ],
+        "grouped_lora_linear": [
+            (x, [weight, weight], [], [a, a], [b, b], [s, s], [torch.empty_like(y) for _ in range(2)], True, False)
+        ],
+        "grouped_lora_backward": [
+            (
+                x,
+                [y, y],
+                [weight, weight],
+                [a, a],
+                [b, b],
+                [s, s],
+                torch.cat([h, h], 1),
+                [a.clone(), a.clone()],
+                [b.clone(), b.clone()],
+                True,
+                False,
+            )
+        ],
         "lora_shrink": [(multi.x, multi.a_bank, plan.slot_ranks, *rows, False)],
         "lora_expand_": [
             (torch.randn(6, 16), shrunk, multi.b_bank, multi.slot_scalings, plan.slot_ranks, *rows, None, False)
@@ -50,6 +69,12 @@ def _samples():
         "merge_list_": [([weight.clone(), weight.clone()], [a, a], [b, b], [s, s], 1.0)],
         "merge_is_finite": [(weight, a, b, s, 1.0)],
         "switch_": [(weight.clone(), a, b, s, a, b, s)],
+        "row_norm": [(weight, a, b, s)],
+        "lora_embedding": [(torch.tensor([3, 0, 3]), weight, *half_embedding, s)],
+        "lora_embedding_backward": [
+            (torch.randn(3, 24, dtype=torch.bfloat16), torch.tensor([3, 0, 3]), *half_embedding, s, 0, True, True),
+            (torch.randn(3, 24, dtype=torch.bfloat16), torch.tensor([3, 0, 3]), *half_embedding, s, -1, False, True),
+        ],
         "merge_exact_": [(weight.clone(), a, b, s)],
         "unmerge_exact_": [(merged.clone(), a, b, s, body)],
         "switch_exact_": [(merged.clone(), a, b, s, *half_adapter, body)],

@@ -8,17 +8,10 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels.ops.linear import config
-from lora_kernels.testing import assert_within_budget, eager_lora_linear, exact_lora_linear, make_linear
+from lora_kernels.testing import DTYPES, assert_within_budget, eager_lora_linear, exact_lora_linear, make_linear
 
 triton_linear = pytest.importorskip("lora_kernels.ops.linear.triton")
 
-DTYPES = {
-    "f32": (torch.float32, torch.float32),
-    "f16": (torch.float16, torch.float16),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16-f32": (torch.bfloat16, torch.float32),
-    "f16-f32": (torch.float16, torch.float32),
-}
 # M, K, N, R: tails in every dimension, primes, more tiles than programs.
 SHAPES = ((1, 64, 48, 1), (5, 131, 67, 5), (16, 33, 32, 16), (37, 96, 70, 16), (37, 131, 67, 24), (70, 128, 96, 64))
 PATHS = {

@@ -4,14 +4,8 @@ import pytest
 import torch
 
 from lora_kernels.ops import merge_, switch_, unmerge_
-from lora_kernels.testing import assert_within_budget, exact_merge, make_linear
+from lora_kernels.testing import DTYPES, assert_within_budget, exact_merge, make_linear
 
-DTYPES = {
-    "f32": (torch.float32, torch.float32),
-    "f16": (torch.float16, torch.float16),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16-f32": (torch.bfloat16, torch.float32),
-}
 SHAPES = [(1, 1, 1), (37, 70, 5), (96, 40, 100)]
 
 

@@ -9,17 +9,10 @@ import torch.nn.functional as F
 import lora_kernels as lk
 from lora_kernels.ops import lora_expand_, lora_linear, lora_shrink, multi_lora_linear, plan_batch
 from lora_kernels.ops.multi import config
-from lora_kernels.testing import assert_within_budget, exact_multi_lora_linear, make_multi
+from lora_kernels.testing import DTYPES, assert_within_budget, exact_multi_lora_linear, make_multi
 
 triton_multi = pytest.importorskip("lora_kernels.ops.multi.triton")
 
-DTYPES = {
-    "f32": (torch.float32, torch.float32),
-    "f16": (torch.float16, torch.float16),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16-f32": (torch.bfloat16, torch.float32),
-    "f16-f32": (torch.float16, torch.float32),
-}
 ROUTES = ("decode", "fused", "vendor")
 TILES = config.Tiles(16, 32, 32, 4, 1, split=2)
 SHRINK = config.Tiles(16, 16, 32, 4, 1, split=3)

@@ -6,19 +6,12 @@ import torch
 import lora_kernels as lk
 from lora_kernels.ops.linear import dropout, reference, train_config
 from lora_kernels.ops.multi import reference as multi_reference
-from lora_kernels.testing import assert_within_budget, eager_lora_linear, exact_lora_linear, make_linear
+from lora_kernels.testing import DTYPES, assert_within_budget, eager_lora_linear, exact_lora_linear, make_linear
 
 triton_train = pytest.importorskip("lora_kernels.ops.linear.triton_train")
 triton_gradients = pytest.importorskip("lora_kernels.ops.linear.triton_gradients")
 multi_train = pytest.importorskip("lora_kernels.ops.multi.triton_train")
 
-DTYPES = {
-    "f32": (torch.float32, torch.float32),
-    "f16": (torch.float16, torch.float16),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16-f32": (torch.bfloat16, torch.float32),
-    "f16-f32": (torch.float16, torch.float32),
-}
 SEED = 2**62 - 12345
 
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from .. import checks
+from .. import checks, dispatch
+from ..scalars import scaling_tensor
 from . import reference
 
 
@@ -27,7 +28,8 @@ def row_norm(weight, lora_a, lora_b, scaling):
     """
     _check(weight, lora_a, lora_b)
     with torch.no_grad():
-        return reference.row_norm(weight, lora_a, lora_b, scaling)
+        scaling = scaling_tensor(scaling.detach() if isinstance(scaling, torch.Tensor) else scaling, weight)
+        return dispatch.select("row_norm", weight)(weight, lora_a, lora_b, scaling)
 
 
 def scale_merge_(weight, lora_a, lora_b, scaling, factors):

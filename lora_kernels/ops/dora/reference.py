@@ -44,3 +44,6 @@ def scale_unmerge_(weight, lora_a, lora_b, scaling, factors):
     for rows, block, b, a in _blocks(weight, lora_a, lora_b, scaling):
         weight[rows] = torch.addmm(block / factors[rows, None], b, a, alpha=-1)
     return weight
+
+
+KERNELS = {"row_norm": row_norm}

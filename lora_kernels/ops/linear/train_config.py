@@ -31,8 +31,9 @@ def block_rank(rank, widest=64):
 
 
 def dx_block_rank(rank, mixed, several):
-    """:func:`block_rank`'s width in the GEMM that makes dX. Of several adapters, a second sum is in registers too."""
-    return block_rank(rank, 16 if mixed else 32 if several else 64)[0]
+    """:func:`block_rank`'s width in the GEMM that makes dX. Several adapters: a second sum is in registers too; several
+    projections: a K loop each."""
+    return block_rank(rank, 16 if mixed or several else 64)[0]
 
 
 def skinny(num_rows, strips_of, rank, num_slots, itemsize, mixed, masked, aligned, capability, num_sms):

@@ -10,10 +10,6 @@ from .. import triton_host as host
 from . import config, triton_kernels
 
 
-def _strides(tensor):
-    return (0,) if tensor is None else tensor.stride()
-
-
 def _padded(rank):
     """(columns of a block of h, columns of h a slice): the fewest columns, then the fewest blocks."""
     widths = (16, 32, 64)
@@ -25,7 +21,7 @@ def config_of(x, weight, lora_a, lora_b, batch_invariant):
     """The configuration of a call: measured on this GPU where it was, else by rule."""
     sizes = (*x.shape, weight.shape[0], lora_a.shape[-2], x.element_size())
     mixed = x.dtype not in (lora_a.dtype, torch.float32) or x.dtype != lora_b.dtype
-    aligned = _aligned(x) and _aligned(weight)
+    aligned = host.aligned(x) and host.aligned(weight)
     if aligned and not (mixed or batch_invariant):
         measured = config.tuned(host.gpu_name(x)).get(config.key(*sizes))
         if measured is not None:
@@ -34,36 +30,42 @@ def config_of(x, weight, lora_a, lora_b, batch_invariant):
     return config.choose(*sizes, host.capability(x), num_sms=host.num_sms(x), **rules)
 
 
-def _aligned(tensor):
-    """Whether the tensor can be read 16 bytes at a time, along rows or along columns."""
-    steps = sorted(tensor.stride())
-    return steps[0] <= 1 and steps[1] * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
-
-
 def shrink(x, lora_a, scaling, dtype, *, batch_invariant=False, pdl=False, saved_h=None, mask=None, multiplier=None):
     """U = s · h (M, S · padded rank) in ``dtype``, zero in the padding; h = x Aᵀ, lora_a (S, R, K).
 
-    Training: ``saved_h`` (M, S · R) float32 receives h; ``mask`` and ``multiplier`` apply dropout to x.
+    Projections that share x: ``lora_a`` a tuple of contiguous (Rᵢ, K), ``scaling`` a tuple; each has the padded rank of
+    the largest. Training: ``saved_h`` (M, S · R) float32 receives h; ``mask`` and ``multiplier`` apply dropout to x.
     """
-    num_slices, rank, _ = lora_a.shape
+    one = lora_a[0]
+    if isinstance(lora_a, tuple):
+        listed, ranks = len(lora_a), tuple(a.shape[0] for a in lora_a)
+        num_slices, rank, strides = listed, max(ranks), (0, *one.stride())
+    else:
+        listed, ranks, (num_slices, rank), strides = 0, None, lora_a.shape[:2], lora_a.stride()
     block, padded = _padded(rank)
     u = torch.empty((x.shape[0], num_slices * padded), dtype=dtype, device=x.device)
     few = x.shape[0] <= 2048 or batch_invariant
     # A masked x is in registers: from there wgmma, which starts at 64 rows, is serialised; mma.sync is not.
     block_m = 16 if few else 64 if mask is None else 32
-    block_h = 16 if x.shape[0] <= 64 or batch_invariant else block
-    precision = host.precision(x, lora_a) if saved_h is None else host.full_precision(x, lora_a)
+    # Many rows: one block of columns where it holds them all, so that x is read once.
+    block_h = 16 if x.shape[0] <= 64 or batch_invariant else block if few else _block_columns(u.shape[1], block)
+    precision = host.precision(x, one) if saved_h is None else host.full_precision(x, one)
     # Three tf32 products, or an address for each element, take too many registers for a long step.
-    plain = _aligned(x) and _aligned(lora_a[0]) and precision == "tf32"
-    block_k = 128 if plain and not host.INTERPRETED else 32
+    plain = host.aligned(x) and host.aligned(one) and precision == "tf32"
+    block_k = (128 if block_h <= 32 else 64) if plain and not host.INTERPRETED else 32
     grid = (-(-x.shape[0] // block_m), -(-u.shape[1] // block_h))
     triton_kernels.shrink_kernel[grid](
-        u, x, lora_a, scaling, x.shape[0], x.shape[1], u.shape[1], rank, padded,
-        u.stride(0), *x.stride(), *lora_a.stride(), saved_h, mask, multiplier,
-        EVEN_K=x.shape[1] % block_k == 0, PRECISION=precision, UPCAST=host.upcast(x, lora_a, u),
+        u, x, lora_a, ranks, scaling, x.shape[0], x.shape[1], u.shape[1], rank, padded,
+        u.stride(0), *x.stride(), *strides, saved_h, 0 if saved_h is None else saved_h.stride(0), mask, multiplier,
+        EVEN_K=x.shape[1] % block_k == 0, NUM_LISTED=listed, PRECISION=precision, UPCAST=host.upcast(x, one, u),
         PDL=pdl, BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_K=block_k, num_warps=4, num_stages=3 if plain else 2,
     )  # fmt: skip
     return u
+
+
+def _block_columns(columns, block):
+    """The narrowest block that holds all columns, or ``block`` where none does."""
+    return max(block, min((width for width in (16, 32, 64) if width >= columns), default=block))
 
 
 def run(y, x, weight, bias, lora_a, lora_b, scaling, out_splits, tiles, batch_invariant=False, **training):
@@ -73,7 +75,13 @@ def run(y, x, weight, bias, lora_a, lora_b, scaling, out_splits, tiles, batch_in
         return
     a = lora_a.unsqueeze(0) if lora_a.dim() == 2 else lora_a
     launch = {"decode": _decode, "one_pass": _one_pass, "two_pass": _two_pass}[tiles.path]
-    switches = {
+    switches = switches_of(x, bias, lora_a, lora_b, out_splits, tiles)
+    launch(y, x, weight, bias, a, lora_b, scaling, out_splits, tiles, batch_invariant, switches, **training)
+
+
+def switches_of(x, bias, lora_a, lora_b, out_splits, tiles):
+    """Constants and options that every kernel of a path takes."""
+    return {
         "WIDTHS": tuple(out_splits or ()),
         "NUM_SLICES": len(out_splits or ()),
         "HAS_BIAS": bias is not None,
@@ -87,35 +95,36 @@ def run(y, x, weight, bias, lora_a, lora_b, scaling, out_splits, tiles, batch_in
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
-    launch(y, x, weight, bias, a, lora_b, scaling, out_splits, tiles, batch_invariant, switches, **training)
-
-
-def _tiles_n(weight, out_splits, block_n):
-    return sum(-(-width // block_n) for width in out_splits or (weight.shape[0],))
 
 
 def _one_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, batch_invariant, switches):
-    tiles_n = _tiles_n(weight, out_splits, tiles.block_n)
+    tiles_n = host.tiles_n(weight, out_splits, tiles.block_n)
     triton_kernels.one_pass_kernel[(-(-x.shape[0] // tiles.block_m) * tiles_n,)](
         y, x, weight, bias, a, b, scaling, x.shape[0], weight.shape[0], x.shape[1], a.shape[1],
-        *y.stride(), *x.stride(), *weight.stride(), *_strides(bias), *a.stride(), *b.stride(), tiles_n,
+        *y.stride(), *x.stride(), *weight.stride(), *host.strides(bias), *a.stride(), *b.stride(), tiles_n,
         BLOCK_R=config.block_rank(a.shape[1]), GROUP_M=tiles.group_m, **switches,
     )  # fmt: skip
 
 
 def _two_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, batch_invariant, switches, **training):
+    u = shrink(x, a, scaling, b.dtype, batch_invariant=batch_invariant, pdl=host.has_pdl(x), **training)
+    add_update(y, x, weight, bias, u, b, a.shape[1], out_splits, tiles, switches)
+
+
+def add_update(y, x, weight, bias, u, b, rank, out_splits, tiles, switches):
+    """y = x Wᵀ + bias + u Bᵀ with u (M, S · padded rank) from :func:`shrink`, the launch before or not long ago."""
     pdl = host.has_pdl(x)
-    block_r, padded = _padded(a.shape[1])
-    block_r = 16 if switches["LOW_PRECISION"] == "tf32x3" else block_r
-    u = shrink(x, a, scaling, b.dtype, batch_invariant=batch_invariant, pdl=pdl, **training)
-    tiles_n = _tiles_n(weight, out_splits, tiles.block_n)
+    slices = len(out_splits or (0,))
+    padded = u.shape[1] // slices
+    block_r = 16 if switches["LOW_PRECISION"] == "tf32x3" else _padded(padded)[0]
+    tiles_n = host.tiles_n(weight, out_splits, tiles.block_n)
     programs = min(-(-x.shape[0] // tiles.block_m) * tiles_n, host.num_sms(x))
     tma = tiles.tma and host.tma_ready(x, weight, u)
     blocks = ((x, tiles.block_m, tiles.block_k), (weight, tiles.block_n, tiles.block_k), (u, tiles.block_m, block_r))
     operands = [TensorDescriptor.from_tensor(t, [r, c]) if tma else t for t, r, c in blocks]
     triton_kernels.two_pass_kernel[(programs,)](
-        y, *operands, bias, b, x.shape[0], weight.shape[0], x.shape[1], a.shape[1], padded,
-        *y.stride(), *x.stride(), *weight.stride(), u.stride(0), *_strides(bias), *b.stride(), tiles_n,
+        y, *operands, bias, b, x.shape[0], weight.shape[0], x.shape[1], rank, padded,
+        *y.stride(), *x.stride(), *weight.stride(), u.stride(0), *host.strides(bias), *b.stride(), tiles_n,
         TMA=tma, PDL=pdl, BLOCK_R=block_r, GROUP_M=tiles.group_m, NUM_PROGRAMS=programs,
         **switches, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
@@ -125,18 +134,18 @@ def _decode(y, x, weight, bias, a, b, scaling, out_splits, tiles, batch_invarian
     split, pdl = tiles.split_k, tiles.split_k > 1 and host.has_pdl(x)
     num_rows, out_features = y.shape
     planes = torch.empty((split, *y.shape), dtype=torch.float32, device=y.device) if split > 1 else None
-    tiles_n = _tiles_n(weight, out_splits, tiles.block_n)
+    tiles_n = host.tiles_n(weight, out_splits, tiles.block_n)
     # Rows of A are the wide operand of a tensor core: 64 of them, or the stream of products is serialised.
     block_r = config.block_rank(a.shape[1], 16 if host.INTERPRETED else 64)
     triton_kernels.decode_kernel[(tiles_n, split)](
         y, planes, x, weight, bias, a, b, scaling, num_rows, out_features, x.shape[1], a.shape[1],
-        *y.stride(), *x.stride(), *weight.stride(), *_strides(bias), *a.stride(), *b.stride(),
+        *y.stride(), *x.stride(), *weight.stride(), *host.strides(bias), *a.stride(), *b.stride(),
         PDL=pdl, BLOCK_R=block_r, SPLIT=split, **switches,
     )  # fmt: skip
     if split > 1:
         block_m, block_n = min(16, tiles.block_m), 128
         triton_kernels.sum_splits_kernel[(-(-out_features // block_n), -(-num_rows // block_m))](
-            y, planes, bias, num_rows, out_features, *y.stride(), *_strides(bias),
+            y, planes, bias, num_rows, out_features, *y.stride(), *host.strides(bias),
             HAS_BIAS=bias is not None, PDL=pdl, UPCAST=switches["UPCAST"], SPLIT=split,
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip

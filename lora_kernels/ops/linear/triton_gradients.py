@@ -10,7 +10,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import triton_host as host
 from . import train_config, triton_train_kernels
-from .triton import _aligned
 
 
 def skinny(
@@ -48,7 +47,7 @@ def skinny(
 
     tiles = train_config.skinny(
         num_rows, strips_of, rank, num_slots, left.element_size(), precision == "tf32x3", mask is not None,
-        _aligned(left), host.capability(left), host.num_sms(left),
+        host.aligned(left), host.capability(left), host.num_sms(left),
     )  # fmt: skip
     strips, rank_blocks = strips_of(tiles.block_n), -(-rank // tiles.block_r)
     grads = lows = grad_strides = None
@@ -88,20 +87,20 @@ def sum_planes(out, planes, multiplier=1.0):
     return out
 
 
-def low_rank_of(lows, num_rows, rank, dtype, multiplier=1.0):
-    """The sums of the planes of each slice side by side: (M, S · R) in ``dtype``."""
-    g = torch.empty((num_rows, len(lows) * rank), dtype=dtype, device=lows[0].device)
+def low_rank_of(lows, num_rows, rank, dtype, multiplier=1.0, out=None):
+    """The sums of the planes of each slice side by side: (M, S · R) in ``dtype``, or in ``out``."""
+    g = torch.empty((num_rows, len(lows) * rank), dtype=dtype, device=lows[0].device) if out is None else out
     for index, planes in enumerate(lows):
         sum_planes(g[:, index * rank : (index + 1) * rank], planes, multiplier)
     return g
 
 
-def input_gradient(dx, dy, weight, g, lora_a, *, mask=None, row_slots=None, batch_invariant=False):
-    """dx = dy · weight + g · A, with dropout's mask on the second term.
+def input_gradient(dx, dys, weights, g, lora_a, *, mask=None, row_slots=None, batch_invariant=False):
+    """dx = Σ dys[i] · weights[i] + g · A, with dropout's mask on the last term.
 
     Args:
         dx: (M, in), written.
-        weight: (out, in), or None for the second term alone.
+        dys, weights: tuples of (M, outᵢ) and (outᵢ, in); none for the last term alone.
         g: (M, R), unit column stride, the dtype of A.
         lora_a: (slots, R, in).
         row_slots: int32 (M), the slot of each row, −1 for none; None: all rows are of slot 0.
@@ -109,29 +108,31 @@ def input_gradient(dx, dy, weight, g, lora_a, *, mask=None, row_slots=None, batc
     if dx.numel() == 0:
         return
     num_rows, in_features = dx.shape
-    out_features = dy.shape[1]
-    aligned = _aligned(dy) and (weight is None or _aligned(weight))
-    mixed = dy.dtype != lora_a.dtype
+    aligned = all(host.aligned(tensor) for tensor in (*dys, *weights))
+    mixed = dx.dtype != lora_a.dtype
     tiles = train_config.input_gradient(
-        num_rows, dy.element_size(), mixed, mask is not None, aligned, row_slots is not None, host.capability(dy),
+        num_rows, dx.element_size(), mixed, mask is not None, aligned, row_slots is not None, host.capability(dx),
         batch_invariant,
     )  # fmt: skip
-    low_precision = host.precision(dy, lora_a)
+    low_precision = host.precision(dx, lora_a)
     tiles_n = -(-in_features // tiles.block_n)
-    programs = min(-(-num_rows // tiles.block_m) * tiles_n, host.num_sms(dy))
-    tma = tiles.tma and weight is not None and host.tma_ready(dy, weight)
-    operands = (dy, weight)
+    programs = min(-(-num_rows // tiles.block_m) * tiles_n, host.num_sms(dx))
+    widths = tuple(dy.shape[1] for dy in dys)
+    tma = tiles.tma and len(dys) > 0 and host.tma_ready(*dys, *weights)
+    strides = [tuple(tensor.stride(dim) for tensor in group) for group in (dys, weights) for dim in (0, 1)]
+    operands = (dys, weights)
     if tma:
-        blocks = ((dy, tiles.block_m, tiles.block_k), (weight, tiles.block_k, tiles.block_n))
-        operands = [TensorDescriptor.from_tensor(tensor, [rows, columns]) for tensor, rows, columns in blocks]
+        blocks = ([tiles.block_m, tiles.block_k], [tiles.block_k, tiles.block_n])
+        operands = [tuple(TensorDescriptor.from_tensor(t, b) for t in g) for g, b in zip(operands, blocks, strict=True)]
     triton_train_kernels.dx_kernel[(programs,)](
-        dx, *operands, g, lora_a, mask, row_slots, num_rows, in_features, out_features, g.shape[1],
-        -(-in_features // 8), *dx.stride(), *dy.stride(), *((0, 0) if weight is None else weight.stride()), g.stride(0),
+        dx, *operands, g, lora_a, mask, row_slots, num_rows, in_features, widths, g.shape[1],
+        -(-in_features // 8), *dx.stride(), *strides, g.stride(0),
         *lora_a.stride(), tiles_n,
-        HAS_WEIGHT=weight is not None, HAS_MASK=mask is not None, MULTI=row_slots is not None,
-        EVEN_K=out_features % tiles.block_k == 0, TMA=tma, PRECISION=host.precision(dy), LOW_PRECISION=low_precision,
-        UPCAST=host.upcast(dy, lora_a), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-        BLOCK_R=train_config.dx_block_rank(g.shape[1], low_precision == "tf32x3", row_slots is not None),
+        NUM_TERMS=len(dys), HAS_MASK=mask is not None, MULTI=row_slots is not None,
+        EVEN_K=all(width % tiles.block_k == 0 for width in widths), TMA=tma,
+        PRECISION=host.precision(dx), LOW_PRECISION=low_precision,
+        UPCAST=host.upcast(dx, lora_a), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+        BLOCK_R=train_config.dx_block_rank(g.shape[1], low_precision == "tf32x3", row_slots is not None or len(dys) > 1),
         GROUP_M=tiles.group_m, NUM_PROGRAMS=programs,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip

@@ -16,71 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..triton_math import dot, narrow
-
-
-@triton.jit
-def column_tile(tile, num_columns, WIDTHS: tl.constexpr, NUM_SLICES: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(slice, first column, end column) of a tile of columns; none holds columns of two slices."""
-    if NUM_SLICES == 0:
-        return 0, tile * BLOCK_N, num_columns
-    else:
-        index, begin, end, tiles_before, columns_before = 0, 0, 0, 0, 0
-        for i in tl.static_range(NUM_SLICES):
-            tiles = (WIDTHS[i] + BLOCK_N - 1) // BLOCK_N
-            inside = (tile >= tiles_before) & (tile < tiles_before + tiles)
-            index = tl.where(inside, i, index)
-            begin = tl.where(inside, columns_before + (tile - tiles_before) * BLOCK_N, begin)
-            end = tl.where(inside, columns_before + WIDTHS[i], end)
-            tiles_before += tiles
-            columns_before += WIDTHS[i]
-        return index, begin, end
-
-
-@triton.jit
-def grouped_tile(tile, num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
-    """(tile of rows, tile of columns): GROUP_M tiles of rows share each tile of the weight in L2."""
-    group = tile // (GROUP_M * num_tiles_n)
-    first = group * GROUP_M
-    height = tl.minimum(num_tiles_m - first, GROUP_M)
-    inside = tile % (GROUP_M * num_tiles_n)
-    return first + inside % height, inside // height
-
-
-@triton.jit
-def load_block(rows, columns, stride, num_columns, EVEN: tl.constexpr):
-    """A block at row pointers (…, 1) or (1, …) and column numbers of the other shape; zero past the last column."""
-    if EVEN:
-        return tl.load(rows + columns.to(tl.int64) * stride)
-    else:
-        return tl.load(rows + columns.to(tl.int64) * stride, mask=columns < num_columns, other=0.0)
-
-
-@triton.jit
-def row_numbers(first, count, BLOCK: tl.constexpr):
-    """Row numbers of a block; past the end the last row again, whose results are not stored."""
-    return tl.minimum(first + tl.arange(0, BLOCK), count - 1).to(tl.int64)
-
-
-@triton.jit
-def keep_block(mask, rows, begin, num_groups, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Dropout's packed bits of columns begin … begin + BLOCK_N of some rows; ``begin`` is a multiple of 8."""
-    groups = begin // 8 + tl.arange(0, BLOCK_N // 8)
-    places = rows.to(tl.int64)[:, None] * num_groups + groups[None, :]
-    packed = tl.load(mask + places, mask=(groups < num_groups)[None, :], other=0).to(tl.int32)
-    bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-    return tl.reshape(bits, (BLOCK_M, BLOCK_N)) != 0
-
-
-@triton.jit
-def store_rows(y, acc, bias, rows, columns, num_rows, end, y_row_stride, y_stride, bias_stride,
-               HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """Adds the bias and rounds once."""
-    if HAS_BIAS:
-        acc += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < end, other=0.0).to(tl.float32)[None, :]
-    targets = y + rows.to(tl.int64)[:, None] * y_row_stride + columns.to(tl.int64)[None, :] * y_stride
-    tl.store(
-        targets, narrow(acc, y.dtype.element_ty, UPCAST), mask=(rows < num_rows)[:, None] & (columns < end)[None, :]
-    )
+from ..triton_tiles import column_tile, grouped_tile, keep_block, load_block, one_of, row_numbers, store_rows
 
 
 @triton.jit
@@ -121,13 +57,33 @@ def one_pass_kernel(
 
 
 @triton.jit
+def stacked_slice(lora_a, ranks, scaling, index, rank, a_slice_stride, NUM_LISTED: tl.constexpr):
+    """(where A begins, rank, columns of h before it, scaling) of slice ``index``, a block of numbers; NUM_LISTED > 0:
+    of a projection of its own, lora_a, ranks and scaling being tuples."""
+    begin = one_of(lora_a, index, a_slice_stride, NUM_LISTED)
+    if NUM_LISTED == 0:
+        return begin, rank, index * rank, tl.load(scaling)
+    else:
+        own_rank, before, total = index * 0 + ranks[0], index * 0, ranks[0]
+        scale = index * 0.0 + tl.load(scaling[0])
+        for i in tl.static_range(1, NUM_LISTED):
+            own_rank = tl.where(index == i, ranks[i], own_rank)
+            before = tl.where(index == i, total, before)
+            scale = tl.where(index == i, tl.load(scaling[i]), scale)
+            total += ranks[i]
+        return begin, own_rank, before, scale[None, :]
+
+
+@triton.jit
 def shrink_kernel(
-    u, x, lora_a, scaling, num_rows, in_features, num_ranks, rank, padded_rank,
-    u_row_stride, x_row_stride, x_stride, a_slice_stride, a_row_stride, a_stride, saved_h, mask, multiplier,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    u, x, lora_a, ranks, scaling, num_rows, in_features, num_ranks, rank, padded_rank,
+    u_row_stride, x_row_stride, x_stride, a_slice_stride, a_row_stride, a_stride,
+    saved_h, h_row_stride, mask, multiplier,
+    EVEN_K: tl.constexpr, NUM_LISTED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """u (M, S · padded_rank) = s · h, the padding columns zero; h = x (M, K) · lora_a (S, R, K)ᵀ.
+    """u (M, S · padded_rank) = s · h, the padding columns zero; h = x (M, K) · lora_a (S, R, K)ᵀ. NUM_LISTED: each
+    slice is a projection of its own, see stacked_slice.
 
     Training: saved_h (M, S · R) float32 is written too; mask, packed keep bits of x, and multiplier make h that of
     dropout(x). Each is None otherwise.
@@ -137,8 +93,10 @@ def shrink_kernel(
     first = tl.program_id(0) * BLOCK_M
     places = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     index, r = places // padded_rank, places % padded_rank
-    live = (places < num_ranks) & (r < rank)
-    a_rows = lora_a + tl.where(live, index.to(tl.int64) * a_slice_stride + r.to(tl.int64) * a_row_stride, 0)[None, :]
+    index = tl.where(places < num_ranks, index, 0)
+    a_begin, own_rank, before, scale = stacked_slice(lora_a, ranks, scaling, index, rank, a_slice_stride, NUM_LISTED)
+    live = (places < num_ranks) & (r < own_rank)
+    a_rows = (a_begin + tl.where(live, r.to(tl.int64) * a_row_stride, 0))[None, :]
     x_rows = x + row_numbers(first, num_rows, BLOCK_M)[:, None] * x_row_stride
     h = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
     for k_begin in range(0, in_features, BLOCK_K):
@@ -153,9 +111,9 @@ def shrink_kernel(
     if mask is not None:
         h *= multiplier
     if saved_h is not None:
-        h_rows = saved_h + rows.to(tl.int64)[:, None] * (num_ranks // padded_rank * rank)
-        tl.store(h_rows + (index * rank + r)[None, :], h, mask=(rows < num_rows)[:, None] & live[None, :])
-    h = narrow(tl.where(live[None, :], h * tl.load(scaling), 0.0), u.dtype.element_ty, UPCAST)
+        h_rows = saved_h + rows.to(tl.int64)[:, None] * h_row_stride
+        tl.store(h_rows + (before + r)[None, :], h, mask=(rows < num_rows)[:, None] & live[None, :])
+    h = narrow(tl.where(live[None, :], h * scale, 0.0), u.dtype.element_ty, UPCAST)
     targets = u + rows.to(tl.int64)[:, None] * u_row_stride + places[None, :]
     tl.store(targets, h, mask=(rows < num_rows)[:, None] & (places < num_ranks)[None, :])
 

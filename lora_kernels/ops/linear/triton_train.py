@@ -34,20 +34,20 @@ def _training(x, lora_a, dropout_p, dropout_seed):
     return h, mask, {"saved_h": h, "mask": mask, "multiplier": 1.0 / (1.0 - dropout_p)}
 
 
-def _config(x, weight, lora_a, lora_b, batch_invariant):
+def two_pass_config(x, weight, lora_a, lora_b, batch_invariant):
     """h has to come out: where one pass would be faster, the two passes of a rank too large for it."""
     tiles = triton.config_of(x, weight, lora_a, lora_b, batch_invariant)
     if tiles.path == "two_pass":
         return tiles
     sizes = (*x.shape, weight.shape[0], config.DECODE_RANK + 1, x.element_size())
-    return config.choose(*sizes, host.capability(x), aligned=triton._aligned(x) and triton._aligned(weight),
+    return config.choose(*sizes, host.capability(x), aligned=host.aligned(x) and host.aligned(weight),
                          mixed=x.dtype != lora_a.dtype)  # fmt: skip
 
 
 def lora_linear_train(x, weight, bias, lora_a, lora_b, scaling, dropout_p, dropout_seed, out_splits, batch_invariant):
     y = x.new_empty((x.shape[0], weight.shape[0]))
     h, mask, training = _training(x, lora_a, dropout_p, dropout_seed)
-    tiles = _config(x, weight, lora_a, lora_b, batch_invariant)
+    tiles = two_pass_config(x, weight, lora_a, lora_b, batch_invariant)
     triton.run(y, x, weight, bias, lora_a, lora_b, scaling, out_splits, tiles, batch_invariant, **training)
     return y, h if weight.shape[0] else h.zero_(), mask
 
@@ -90,7 +90,8 @@ def lora_linear_backward(
         grads, _ = skinny(x, a.transpose(1, 2), None, right=g, need_low=False, mask=mask, by_rank=True)
         sum_planes(da.view(a.shape[1:]), grads[:, 0])
     if need_x:
-        input_gradient(dx, dy, weight, g, a, mask=mask, batch_invariant=batch_invariant)
+        base = ((), ()) if weight is None else ((dy,), (weight,))
+        input_gradient(dx, *base, g, a, mask=mask, batch_invariant=batch_invariant)
     return dx, da, db
 
 

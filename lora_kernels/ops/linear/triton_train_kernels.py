@@ -5,7 +5,7 @@ skinny        one read of a tall matrix L (rows by many columns) serves two thin
               over its rows Lᵀ · H. With L = dY they are dh and dB; with L = X, dA (or h, of several adapters).
               Strips of columns and splits of rows write planes of their own, which
 sum_planes    adds in their order: no atomics, the same bits each time.
-dx            dY W + g A with both terms in one accumulator. Under dropout the low-rank term comes first, so that the
+dx            Σ dY W + g A with all terms in one accumulator. Under dropout the low-rank term comes first, so that the
               mask meets it alone; without dropout it comes last, and nothing of the mask is compiled.
 """
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..triton_math import dot, narrow
-from .triton_kernels import column_tile, grouped_tile, keep_block, load_block, row_numbers, store_rows
+from ..triton_tiles import column_tile, grouped_tile, keep_block, load_block, row_numbers, store_rows
 
 
 @triton.jit
@@ -142,17 +142,18 @@ def add_low_rank(
 
 @triton.jit
 def dx_kernel(
-    dx, dy, weight, g, lora_a, mask, row_slots, num_rows, in_features, out_features, rank, num_groups,
-    dx_row_stride, dx_stride, dy_row_stride, dy_stride, w_row_stride, w_stride, g_row_stride,
+    dx, dys, weights, g, lora_a, mask, row_slots, num_rows, in_features, widths, rank, num_groups,
+    dx_row_stride, dx_stride, dy_row_strides, dy_strides, w_row_strides, w_strides, g_row_stride,
     a_slot_stride, a_rank_stride, a_stride, num_tiles_n,
-    HAS_WEIGHT: tl.constexpr, HAS_MASK: tl.constexpr, MULTI: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+    NUM_TERMS: tl.constexpr, HAS_MASK: tl.constexpr, MULTI: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, LOW_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """dx (M, in) = dy (M, out) · weight (out, in) + g (M, rank) · lora_a (rank, in), persistent.
+    """dx (M, in) = Σ dys[i] (M, widths[i]) · weights[i] (widths[i], in) + g (M, rank) · lora_a (rank, in), persistent.
 
-    TMA: dy and weight are descriptors with blocks (BLOCK_M, BLOCK_K) and (BLOCK_K, BLOCK_N). MULTI: lora_a (slots,
+    NUM_TERMS: entries of the tuples, 0 for the last term alone; more than one: projections that share their input.
+    TMA: dys and weights are descriptors with blocks (BLOCK_M, BLOCK_K) and (BLOCK_K, BLOCK_N). MULTI: lora_a (slots,
     rank, in), row_slots int32 (M) names each row's slot, −1 for none; rows of other slots are selected away, so that an
     Inf in one adapter reaches no other's rows.
     """
@@ -169,17 +170,17 @@ def dx_kernel(
         if HAS_MASK:
             acc = add_low_rank(acc, g_rows, a_columns, rank, a_rank_stride, LOW_PRECISION, UPCAST, BLOCK_R)
             acc = tl.where(keep_block(mask, read_rows, begin, num_groups, BLOCK_M, BLOCK_N), acc, 0.0)
-        if HAS_WEIGHT:
+        for i in tl.static_range(NUM_TERMS):
             if TMA:
-                for k_begin in range(0, out_features, BLOCK_K):
-                    acc = dot(dy.load([first, k_begin]), weight.load([k_begin, begin]), acc, PRECISION, UPCAST)
+                for k_begin in range(0, widths[i], BLOCK_K):
+                    acc = dot(dys[i].load([first, k_begin]), weights[i].load([k_begin, begin]), acc, PRECISION, UPCAST)
             else:
-                dy_rows = dy + read_rows[:, None] * dy_row_stride
-                w_columns = weight + read_columns[None, :] * w_stride
-                for k_begin in range(0, out_features, BLOCK_K):
+                dy_rows = dys[i] + read_rows[:, None] * dy_row_strides[i]
+                w_columns = weights[i] + read_columns[None, :] * w_strides[i]
+                for k_begin in range(0, widths[i], BLOCK_K):
                     k = k_begin + tl.arange(0, BLOCK_K)
-                    dy_block = load_block(dy_rows, k[None, :], dy_stride, out_features, EVEN_K)
-                    w_block = load_block(w_columns, k[:, None], w_row_stride, out_features, EVEN_K)
+                    dy_block = load_block(dy_rows, k[None, :], dy_strides[i], widths[i], EVEN_K)
+                    w_block = load_block(w_columns, k[:, None], w_row_strides[i], widths[i], EVEN_K)
                     acc = dot(dy_block, w_block, acc, PRECISION, UPCAST)
         if MULTI:
             slots = tl.load(row_slots + read_rows)

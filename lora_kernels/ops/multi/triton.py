@@ -11,7 +11,6 @@ import torch.nn.functional as F
 import triton
 
 from .. import triton_host as host
-from ..linear.triton import _aligned, _strides, _tiles_n
 from . import config, triton_kernels
 
 _MAX_LISTED = 64
@@ -109,7 +108,7 @@ def _bank_of(lora_a, lora_b):
 
 
 def _config(x, weight, out_features, a, batch_invariant):
-    aligned = _aligned(x) and (weight is None or _aligned(weight))
+    aligned = host.aligned(x) and (weight is None or host.aligned(weight))
     plain = host.precision(x, a.one) == "ieee" or a.one.dtype == x.dtype
     return config.choose(
         *x.shape, out_features, a.columns, a.num_slots, x.element_size(), host.capability(x),
@@ -174,11 +173,11 @@ def _fused(y, x, weight, bias, a, b, slot_scalings, row_order, segment_starts, o
     planes, base = _planes(x, a, tiles.shrink.split), tiles.base
     _shrink(planes, x, a, row_order, segment_starts, tiles.shrink)
     low = host.precision(x, a.one, b.one)
-    tiles_n = _tiles_n(weight, out_splits, base.block_n)
+    tiles_n = host.tiles_n(weight, out_splits, base.block_n)
     triton_kernels.multi_fused_kernel[(-(-x.shape[0] // base.block_m) * tiles_n,)](
         y, x, weight, bias, planes, b.bank, b.ranks, slot_scalings, row_order, segment_starts,
         *y.shape, x.shape[1], a.columns, a.max_rank, a.num_slots,
-        *y.stride(), *x.stride(), *weight.stride(), *_strides(bias), *b.strides, *b.rank_strides, tiles_n,
+        *y.stride(), *x.stride(), *weight.stride(), *host.strides(bias), *b.strides, *b.rank_strides, tiles_n,
         **_widths(out_splits), **b.switches, HAS_BIAS=bias is not None, EVEN_K=x.shape[1] % base.block_k == 0,
         SPLIT=planes.shape[0], PRECISION=host.precision(x), LOW_PRECISION=low, UPCAST=host.upcast(x, a.one, b.one),
         GROUP_M=8, BLOCK_M=base.block_m, BLOCK_N=base.block_n, BLOCK_K=base.block_k,
@@ -206,10 +205,11 @@ def _decode(y, x, weight, bias, a, b, slot_scalings, row_order, segment_starts, 
         num_warps=base.num_warps, num_stages=base.num_stages,
     )  # fmt: skip
     low = host.precision(x, b.one)
-    grid = (_tiles_of_slots(num_rows, finish.block_m, a.num_slots + 1), _tiles_n(weight, out_splits, finish.block_n))
+    tiles_m = _tiles_of_slots(num_rows, finish.block_m, a.num_slots + 1)
+    grid = (tiles_m, host.tiles_n(weight, out_splits, finish.block_n))
     triton_kernels.multi_finish_kernel[grid](
         y, base_planes, planes, bias, b.bank, b.ranks, slot_scalings, row_order, segment_starts,
-        num_rows, out_features, a.columns, a.max_rank, a.num_slots, *y.stride(), *_strides(bias),
+        num_rows, out_features, a.columns, a.max_rank, a.num_slots, *y.stride(), *host.strides(bias),
         *b.strides, *b.rank_strides, **_widths(out_splits), **b.switches, HAS_BIAS=bias is not None,
         SPLIT=shrink.split, BASE_SPLIT=base.split, LOW_PRECISION=low, **switches,
         BLOCK_M=finish.block_m, BLOCK_N=finish.block_n, BLOCK_R=_block_rank(a.max_rank, low),

@@ -16,8 +16,8 @@ beyond the last tile returns at once, and nothing waits for the GPU.
 import triton
 import triton.language as tl
 
-from ..linear.triton_kernels import column_tile, grouped_tile, load_block, row_numbers, store_rows
 from ..triton_math import dot, narrow
+from ..triton_tiles import column_tile, grouped_tile, load_block, one_of, row_numbers, store_rows
 
 
 @triton.jit
@@ -46,18 +46,6 @@ def one_slot_tile(
     begin = tl.sum(tl.where(mine, begins + (tile - done + tiles) * BLOCK_M, 0), 0)
     end = tl.minimum(begin + BLOCK_M, tl.sum(tl.where(mine, ends, 0), 0))
     return tl.minimum(slot, num_slots), begin, end
-
-
-@triton.jit
-def slot_matrix(bank, slot, slot_stride, NUM_LISTED: tl.constexpr):
-    """Where the factor of a slot begins: a place in the bank, or (NUM_LISTED > 0) one of a tuple of tensors."""
-    if NUM_LISTED == 0:
-        return bank + slot.to(tl.int64) * slot_stride
-    else:
-        address = bank[0].to(tl.int64)
-        for i in tl.static_range(1, NUM_LISTED):
-            address = tl.where(slot == i, bank[i].to(tl.int64), address)
-        return tl.multiple_of(address, 16).to(bank[0].dtype)
 
 
 @triton.jit
@@ -102,7 +90,7 @@ def store_shrunk(
             offsets = (first + r).to(tl.int64) * in_features
         else:
             offsets = index.to(tl.int64) * a_slice_stride + r.to(tl.int64) * a_row_stride
-        a_rows = slot_matrix(bank, slot, a_slot_stride, NUM_LISTED) + tl.where(live, offsets, 0)
+        a_rows = one_of(bank, slot, a_slot_stride, NUM_LISTED) + tl.where(live, offsets, 0)
         x_rows = x + tl.where(mine, rows, 0).to(tl.int64) * x_row_stride
         h = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
         share = tl.cdiv(tl.cdiv(in_features, BLOCK_K), SPLIT) * BLOCK_K
@@ -136,9 +124,9 @@ def add_update(
     inside = columns < num_columns_b
     b_columns = tl.where(inside, columns, 0).to(tl.int64)
     if NUM_LISTED > 0:
-        b_rows = slot_matrix(bank, slot, b_slot_stride, NUM_LISTED) + b_columns * rank
+        b_rows = one_of(bank, slot, b_slot_stride, NUM_LISTED) + b_columns * rank
     else:
-        b_rows = slot_matrix(bank, slot, b_slot_stride, NUM_LISTED) + b_columns * b_row_stride
+        b_rows = one_of(bank, slot, b_slot_stride, NUM_LISTED) + b_columns * b_row_stride
     h_rows = planes + rows.to(tl.int64) * num_columns + index * max_rank
     scaling = tl.load(scalings + slot)
     # Not pipelined: few steps, and float32 planes of h in flight would fill the shared memory.

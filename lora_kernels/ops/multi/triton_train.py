@@ -59,7 +59,9 @@ def multi_lora_backward(
             for index, part in enumerate(grad if grad.dim() == 3 else [grad]):
                 sum_planes(part, grads[:, slot, index * rank : index * rank + part.shape[0]])
     if need_x:
-        input_gradient(dx, dy, weight, g, stacked, row_slots=_row_slots(row_order, segment_starts, num_rows))
+        base = ((), ()) if weight is None else ((dy,), (weight,))
+        row_slots = _row_slots(row_order, segment_starts, num_rows)
+        input_gradient(dx, *base, g, stacked, row_slots=row_slots)
     return dx
 
 

@@ -1,0 +1,64 @@
+"""``grouped_lora_linear``: projections that read the same input (Q, K, V; gate, up) in one call."""
+
+import torch
+
+from .. import checks
+from ..linear.api import autocast_dtype
+from ..scalars import scaling_tensor
+from .autograd import GroupedLoraLinear, run
+
+
+def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings):
+    """``x Wᵢᵀ + biasᵢ + scalingᵢ · (x Aᵢᵀ) Bᵢᵀ`` for each projection i, with one shrink for all of them.
+
+    Differentiable in ``x``, ``weights``, ``biases``, ``lora_a`` and ``lora_b``; not twice. The gradient of ``x`` is
+    summed over the projections before it is rounded, where eager rounds each. No LoRA dropout: a projection of its own
+    draws a mask of its own. Under autocast ``x``, ``weights`` and ``biases`` are cast.
+
+    Args:
+        x: (…, in_features); float32, float16 or bfloat16.
+        weights: a tensor (out_features, in_features) a projection, dtype of ``x``; widths may differ.
+        biases: None, or (out_features) or None a projection.
+        lora_a: (rank, in_features) a projection, dtype of ``x`` or float32, one dtype for all; ranks may differ.
+        lora_b: (out_features, rank) a projection, one dtype for all.
+        scalings: float or 0-d tensor a projection.
+
+    Returns:
+        A tuple of (…, out_features), dtype of ``x``: one a projection.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong length, shape, dtype or device; the message names it.
+    """
+    checks.tensor("x", x)
+    biases = [None] * len(weights) if biases is None else biases
+    _check_lengths(weights, biases=biases, lora_a=lora_a, lora_b=lora_b, scalings=scalings)
+    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1] if x.dim() else 1)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
+        x2, weights = x2.to(dtype), [weight.to(dtype) for weight in weights]
+        biases = [bias if bias is None else bias.to(dtype) for bias in biases]
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        with checks.of(f"projection {i}"):
+            checks.linear(x2, weight, bias, lora_a[i], lora_b[i], None)
+            checks.same_dtype("lora_a", lora_a[i], lora_a[0])
+            checks.same_dtype("lora_b", lora_b[i], lora_b[0])
+    scalings = [scaling_tensor(scaling, x2, f"scalings[{i}]") for i, scaling in enumerate(scalings)]
+    if any(bias is None for bias in biases):  # a bias each, or none at all
+        missing = all(bias is None for bias in biases)
+        pairs = zip(biases, weights, strict=True)
+        biases = [] if missing else [x2.new_zeros(len(w)) if bias is None else bias for bias, w in pairs]
+    tensors = (*weights, *biases, *lora_a, *lora_b)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x2, *tensors)):
+        y = GroupedLoraLinear.apply(len(weights), x2, *tensors, *scalings)
+    else:
+        y, _ = run(x2, list(weights), list(biases), list(lora_a), list(lora_b), scalings, False)
+    return tuple(y) if x.dim() == 2 else tuple([part.view(*x.shape[:-1], part.shape[-1]) for part in y])
+
+
+def _check_lengths(weights, **others):
+    if not isinstance(weights, (list, tuple)) or not weights:
+        raise TypeError(f"weights: expected a list of at least one tensor, got {type(weights).__name__}")
+    for name, value in others.items():
+        if not isinstance(value, (list, tuple)) or len(value) != len(weights):
+            got = len(value) if isinstance(value, (list, tuple)) else type(value).__name__
+            raise ValueError(f"{name}: expected {len(weights)} entries, one a projection, got {got}")

@@ -1,0 +1,70 @@
+"""Projections that share their input on Triton, forward and backward: against float64 and to the bit."""
+
+import pytest
+import torch
+
+import lora_kernels as lk
+from lora_kernels.check import CHECKS
+from lora_kernels.ops import grouped_lora_linear
+from lora_kernels.ops.linear import config
+from lora_kernels.testing import DTYPES, assert_within_budget, eager_lora_linear, exact_lora_linear, make_grouped
+
+triton_grouped = pytest.importorskip("lora_kernels.ops.grouped.triton")
+
+
+@pytest.fixture(autouse=True)
+def _two_passes_for_few_rows(monkeypatch):
+    monkeypatch.setattr(triton_grouped, "_FEW_ROWS", 4)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_results_and_gradients_are_within_budget(dtypes, device):
+    for shape in ((1, 64, 48, 8), (37, 67, 43, 5)):
+        for index, (ours, eager, exact) in enumerate(CHECKS["grouped_lora_linear"](shape, *DTYPES[dtypes], device)):
+            assert_within_budget(ours, eager, exact, f"{shape}, result {index}")
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("tma", [False, True])
+def test_inference_of_three_projections_of_different_ranks(tokens, tma, device, monkeypatch):
+    """Ranks of several blocks, an odd width; few rows take the kernels of one projection."""
+    tiles = config.Config("two_pass", 32, 32, 32, 4, 1, tma=tma, group_m=2)
+    monkeypatch.setattr(triton_grouped, "two_pass_config", lambda *args: tiles)
+    case = make_grouped(tokens, 64, (48, 7, 33), (20, 70, 1), torch.float16, device=device)
+    with torch.no_grad():
+        y = grouped_lora_linear(*case.args())
+    for i, ours in enumerate(y):
+        one = (case.x, *(group[i] for group in case.groups()[1:]), case.scalings[i])
+        assert_within_budget(ours, eager_lora_linear(*one), exact_lora_linear(*one), f"projection {i}")
+    with torch.no_grad():
+        assert all(map(torch.equal, grouped_lora_linear(*case.args()), y))
+
+
+def test_an_inf_in_one_projection_reaches_no_other(device):
+    case = make_grouped(20, 64, (48, 16), (4, 12), torch.float16, device=device)
+    with torch.no_grad():
+        clean = grouped_lora_linear(*case.args())
+        case.lora_a[1][3, 5] = torch.inf
+        y = grouped_lora_linear(*case.args())
+    assert torch.equal(y[0], clean[0])
+    assert not torch.isfinite(y[1]).all()
+
+
+def test_batch_invariant_bits_are_those_of_one_projection(device):
+    """Which are the same in any batch."""
+    case = make_grouped(35, 96, (48, 32), (4, 20), torch.float16, device=device)
+    with lk.use_backend("triton", batch_invariant=True), torch.no_grad():
+        for rows in (slice(0, 1), slice(0, 35)):
+            y = grouped_lora_linear(case.x[rows], *case.groups()[1:], case.scalings)
+            for i, ours in enumerate(y):
+                one = (group[i] for group in (*case.groups()[1:], case.scalings))
+                assert torch.equal(ours, lk.ops.lora_linear(case.x[rows], *one))
+
+
+@pytest.mark.parametrize("widths", [(0, 16), (16, 0)])
+def test_nothing_to_compute(widths, device):
+    case = make_grouped(6, 24, widths, (4, 2), device=device)
+    assert [part.shape[1] for part in grouped_lora_linear(*case.args())] == list(widths)
+    x = case.x.requires_grad_()
+    (grad,) = torch.autograd.grad(sum(part.sum() for part in grouped_lora_linear(*case.args())), x)
+    assert torch.isfinite(grad).all()
