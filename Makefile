@@ -63,11 +63,11 @@ static: $(READY)  ## compile every Triton and CUDA kernel ahead of time, no GPU;
 	$(PY) -m lora_kernels.testing.static_gate --write bench/results/static
 	$(PY) bench/static_cuda.py --write bench/results/static
 
-static-oldest: $(READY)  ## the same under the oldest Triton that is supported; writes nothing
+static-oldest: $(READY)  ## the same under the oldest Triton that is supported; writes bench/results/static/oldest
 	$(call say,Compiling the Triton kernels under $(OLDEST_TRITON))
 	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
 	.venv-triton/bin/python -m pip install -q "$(TORCH)" "$(OLDEST_TRITON)" numpy safetensors
-	PYTHONPATH=$(CURDIR) .venv-triton/bin/python -m lora_kernels.testing.static_gate
+	PYTHONPATH=$(CURDIR) .venv-triton/bin/python -m lora_kernels.testing.static_gate --write bench/results/static/oldest
 
 lint: $(READY)  ## check style: ruff, clang-format
 	$(call say,Checking style)

@@ -7,9 +7,9 @@ where there should be one, and wgmma that ptxas had to serialise. The cases are 
 (``STATIC_CASES`` of the modules in ``ops/triton_backend.py``), whose launches are recorded instead of made; ptxas and
 nvdisasm come from the Triton wheel. Results are cached by source.
 
-The whole table takes minutes; it is kept with a key of the code and the launch of each record, so that tests can tell
-without compiling whether it still is that of the sources. ``--sample`` compiles, of each kernel on each architecture,
-the launches that ask most of a thread.
+The whole table takes minutes; a record is kept with a key of its code and launch, and ``--check FOLDER`` tells without
+compiling what of a table is not of these sources. ``--sample`` compiles, of each kernel on each architecture, the
+launches that ask most of a thread: what the tests do.
 """
 
 import argparse
@@ -157,11 +157,16 @@ def sample(work):
             size = math.prod(values[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_H") if name in values)
             load = (size / options.get("num_warps", 4), not values.get("EVEN_K", True), options.get("num_stages", 1))
             kinds = {str(kind)[1:5] for kind in src.signature.values() if str(kind) in ("*fp32", "*bf16", "*fp16")}
-            group = (src.fn.__name__, arch, len(kinds) > 1 and values.get("LOW_PRECISION", "tf32"))
+            group = (
+                src.fn.fn.__module__,
+                src.fn.__name__,
+                arch,
+                len(kinds) > 1 and values.get("LOW_PRECISION", "tf32"),
+            )
             if group not in hardest or load > hardest[group][0]:
                 hardest[group] = (load, index, key)
     chosen = {}
-    for (_, arch, _), (_, index, key) in hardest.items():
+    for (_, _, arch, _), (_, index, key) in hardest.items():
         chosen.setdefault((index, arch), set()).add(key)
     return chosen
 
@@ -293,20 +298,33 @@ def write(records, folder):
     (folder / "triton.md").write_text(f"# Triton kernels as compiled\n\n{note}\n\n{table(records)}\n")
 
 
+def check(folder):
+    """Prints which launches of today have no clean record in the table of ``folder``; 0 where all have one."""
+    records = json.loads((Path(folder) / "triton.json").read_text())["records"]
+    clean = {record.get("key") for record in records if not record["problems"]}
+    work = [(case, arch) for case in cases() for arch in case.archs]
+    missing = 0
+    for case, arch in work:
+        for key, (src, *_) in launches_of(case, arch).items():
+            if key not in clean:
+                print(f"{case.name}, {src.fn.__name__} on sm_{arch}: not in the table")
+                missing += 1
+    print(f"{missing} launches are not in the table; make static measures them")
+    return 1 if missing else 0
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="lora_kernels.testing.static_gate", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--sample", action="store_true", help="of each kernel the launches that are hardest")
-    parser.add_argument("--keys", action="store_true", help="print the keys of all launches as JSON, compile nothing")
+    parser.add_argument("--check", metavar="FOLDER", help="compile nothing; is the table there that of these sources?")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--write", help="folder for triton.json and triton.md")
     args = parser.parse_args(argv)
     if triton_backend.interpreted():
         parser.error("TRITON_INTERPRET is set: kernels are interpreted and can not be compiled")
-    if args.keys:
-        names = [(case, arch) for case in cases() for arch in case.archs]
-        print(json.dumps([[case.name, arch, key] for case, arch in names for key in launches_of(case, arch)]))
-        return 0
+    if args.check:
+        return check(args.check)
     records = run(args.only, args.jobs, args.sample)
     print(table(records))
     bad = [record for record in records if record.problems]
