@@ -19,6 +19,7 @@ from ..targeting import pattern_value
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"^(?P<path>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|"
                      r"lora_embedding_B|lora_magnitude_vector(\.weight)?)$")  # fmt: skip
+_DELTA = ".token_adapter.trainable_tokens_delta"
 _FOREIGN = re.compile(r"\.(lora_diag|lora_velora_embed|trainable_tokens_\w+|lora_\w*sampler\w*)(\.|$)")
 # Trained at start or end only: the saved adapter is an ordinary one.
 _INERT = ("eva_config", "loftq_config", "megatron_config", "megatron_core", "qalora_group_size")
@@ -44,7 +45,10 @@ class Module:
 
 @dataclass
 class Adapter:
-    """``modules``: path -> Module. ``full``: name of a tensor of the model -> (tensor, key in the adapter's file)."""
+    """``modules``: path -> Module. ``full``: name of a tensor of the model -> (tensor, key in the adapter's file).
+
+    ``rows``: path of a module -> the rows of its weight that are replaced, number -> tensor.
+    """
 
     directory: str
     config: LoraConfig
@@ -52,6 +56,7 @@ class Adapter:
     weight: float = 1.0
     modules: dict = field(default_factory=dict)
     full: dict = field(default_factory=dict)
+    rows: dict = field(default_factory=dict)
     nbytes: int = 0
     dtypes: tuple = ()
 
@@ -116,6 +121,8 @@ def _read_config(directory):
 def _place(adapter, key, tensor):
     """Files a tensor under its module; returns what is wrong with it, if anything."""
     name = key.removeprefix(PREFIX)
+    if name.endswith(_DELTA):
+        return _place_rows(adapter, name.removesuffix(_DELTA), tensor)
     foreign = _FOREIGN.search(name)
     if foreign:
         return f"{foreign.group(1)} can not be merged on disk"
@@ -123,7 +130,7 @@ def _place(adapter, key, tensor):
     if not match:
         if ".lora_" in name:
             return "unknown kind of LoRA tensor"
-        adapter.full[name.replace(".base_layer.", ".")] = (tensor, key)
+        adapter.full[name.replace(".token_adapter.", ".").replace(".base_layer.", ".")] = (tensor, key)
         return None
     path, kind = match.group("path"), match.group("kind")
     if ".base_layer" in path:
@@ -147,6 +154,19 @@ def _place(adapter, key, tensor):
     if tensor[0, 0].numel() != 1:
         return f"expected shape (out, rank, 1, …), got {tuple(tensor.shape)}"
     module.b = tensor.flatten(1)
+    return None
+
+
+def _place_rows(adapter, path, tensor):
+    """Files the rows of ``trainable_token_indices``; returns what is wrong with them, if anything."""
+    wanted = adapter.config.trainable_token_indices
+    if isinstance(wanted, dict):
+        wanted = next((tokens for name, tokens in wanted.items() if path.endswith(name)), None)
+    if wanted is None:
+        return f"trainable_tokens_delta can not be merged: trainable_token_indices names no tokens of '{path}'"
+    if tensor.dim() != 2 or len(tensor) != len(wanted):
+        return f"expected a row for each of {len(wanted)} tokens, got shape {tuple(tensor.shape)}"
+    adapter.rows[path] = dict(zip(wanted, tensor, strict=True))
     return None
 
 

@@ -22,7 +22,7 @@ class TensorEdit:
     """
 
     def __init__(self, info, edit, read, block_rows):
-        self.info, self.replacement = info, edit.replacement
+        self.info, self.replacement, self.rows = info, edit.replacement, edit.rows
         self._norms = {}
         for i, term in enumerate(edit.terms):
             if term.magnitude is not None and term.by_column:
@@ -33,6 +33,9 @@ class TensorEdit:
         """The rows before the terms: the original ones, or those that replace them. ``rows`` is written."""
         if self.replacement is not None:
             rows.copy_(self.replacement.reshape(self.info.matrix)[row : row + rows.shape[0]])
+        for number, own in self.rows.items():
+            if row <= number < row + rows.shape[0]:
+                rows[number - row] = own
         return rows
 
     def apply_(self, rows, row):

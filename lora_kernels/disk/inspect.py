@@ -49,6 +49,12 @@ def describe(directory):
          "norm": torch.linalg.vector_norm(tensor.double()).item(), "parameters": tensor.numel()}
         for name, (tensor, _) in sorted(adapter.full.items(), key=lambda item: _natural(item[0]))
     ]  # fmt: skip
+    full += [
+        {"tensor": f"{path}.weight, {len(rows)} rows", "shape": [len(rows), len(row)],
+         "dtype": str(row.dtype).removeprefix("torch."),
+         "norm": torch.stack(list(rows.values())).double().norm().item(), "parameters": len(rows) * len(row)}
+        for path, rows in sorted(adapter.rows.items()) for row in list(rows.values())[:1]
+    ]  # fmt: skip
     return {
         "adapter": adapter.directory,
         "base_model": config.base_model_name_or_path,

@@ -1,8 +1,9 @@
 """What happens to which tensor: every check of adapters against the checkpoint, before anything is written.
 
-A tensor is kept, replaced (bias, modules_to_save), or gets terms: an update ``left (rows, r) · right (r, columns)`` in
-the orientation in which the tensor is stored, as a matrix of its first dimension by the rest. A transposed weight
-(Conv1D, embedding) is thereby nothing special, nor is a convolution or a bias (one column).
+A tensor is kept, replaced whole (bias, modules_to_save) or in some rows (trainable tokens), or gets terms: an update
+``left (rows, r) · right (r, columns)`` in the orientation in which the tensor is stored, as a matrix of its first
+dimension by the rest. A transposed weight (Conv1D, embedding) is thereby nothing special, nor is a convolution or a
+bias (one column).
 """
 
 from dataclasses import dataclass, field
@@ -35,10 +36,11 @@ class Term:
 
 @dataclass
 class Edit:
-    """What is done to one tensor: first ``replacement`` (already of its dtype), then ``terms``."""
+    """What is done to one tensor: ``replacement``, then ``rows`` (number -> row; both of its dtype) or ``terms``."""
 
     replacement: torch.Tensor = None
     replaced_by: str = ""
+    rows: dict = field(default_factory=dict)
     terms: list[Term] = field(default_factory=list)
 
 
@@ -56,8 +58,11 @@ def make_plan(base, adapters, allow_tied=False):
     keys, edits, problems = Keys(base.tensors), {}, []
     for adapter in adapters:
         taken = {}
-        for source in (_full_tensors, _module_terms):
+        for source in (_full_tensors, _token_rows, _module_terms):
             source(base, keys, adapter, edits, taken, problems, allow_tied)
+    problems += [
+        f"'{n}': has rows of one adapter and an update" for n, edit in edits.items() if edit.rows and edit.terms
+    ]
     if problems:
         listed = "\n  ".join(problems[:8])
         raise CheckpointError(f"adapters do not fit the checkpoint, nothing was written:\n  {listed}{more(problems)}")
@@ -91,6 +96,32 @@ def _full_tensors(base, keys, adapter, edits, taken, problems, allow_tied):
         else:
             edit.replacement = tensor.to(info.torch_dtype or tensor.dtype).contiguous()
             edit.replaced_by = where
+
+
+def _token_rows(base, keys, adapter, edits, taken, problems, allow_tied):
+    """Rows of an embedding, and so of the output head that is the same tensor: the tokens of tied layers are tied."""
+    for path, rows in adapter.rows.items():
+        where = f"{adapter.directory}: {path}"
+        try:
+            target = keys.find(path + ".weight")
+            if target is None:
+                raise CheckpointError(_unknown(keys, path + ".weight"))
+            if base.tied and _is_embedding(target) and _has_head(base):
+                raise CheckpointError("the checkpoint has an output head beside the embedding that it is tied to")
+            info = base.tensors[target]
+            _check_dtype(info)
+            edit = edits.setdefault(target, Edit())
+            for token, row in rows.items():
+                row = row.to(info.torch_dtype)
+                if token >= info.matrix[0] or tuple(row.shape) != info.matrix[1:]:
+                    raise CheckpointError(f"row {token} of size {tuple(row.shape)} is not of shape {info.shape}")
+                if not row.isfinite().all():
+                    raise CheckpointError(f"a value of row {token} is beyond the range of {info.dtype}")
+                if token in edit.rows and not torch.equal(edit.rows[token], row):
+                    raise CheckpointError(f"row {token} of '{target}' is also replaced by another adapter")
+                edit.rows[token] = row
+        except (CheckpointError, KeyMatchError) as error:
+            problems.append(f"{where}: {error}")
 
 
 def _replacement_problem(info, tensor):

@@ -87,6 +87,8 @@ def _check_row(original, merged, row, info, edit):
     exact = (
         original.double() if edit.replacement is None else edit.replacement.reshape(info.matrix)[row : row + 1].double()
     )
+    if row in edit.rows:
+        exact = edit.rows[row].double()[None]
     size = exact.abs()
     for term in edit.terms:
         if term.row <= row < term.stop:
