@@ -42,7 +42,7 @@ _VARIANTS = {
     "alora_invocation_tokens": "aLoRA", "arrow_config": "Arrow", "corda_config": "CorDA", "eva_config": "EVA",
     "kasa_config": "KaSA", "layer_replication": "replicated layers",
     "lora_ga_config": "LoRA-GA", "megatron_config": "Megatron layers", "monteclora_config": "MonteCLoRA",
-    "target_parameters": "parameters", "use_bdlora": "BD-LoRA",
+    "use_bdlora": "BD-LoRA",
     "use_qalora": "QALoRA", "velora_config": "VeLoRA",
 }  # fmt: skip
 _INIT_VARIANTS = {"corda": "CorDA", "eva": "EVA", "loftq": "LoftQ", "lora_ga": "LoRA-GA", "mica": "MiCA"}
@@ -132,6 +132,9 @@ class LoraConfig:
             setattr(self, name, patterns)
         for name in ("target_modules", "exclude_modules"):
             setattr(self, name, _names(name, getattr(self, name), as_set=True))
+        if isinstance(self.target_parameters, str):
+            raise TypeError(f"`target_parameters` must be a list of strings or None, got {self.target_parameters!r}")
+        self.target_parameters = _names("target_parameters", self.target_parameters, allow_str=False)
         self.modules_to_save = _names("modules_to_save", self.modules_to_save, allow_str=False)
         self.layers_pattern = _names("layers_pattern", self.layers_pattern)
         check_tokens(self.trainable_token_indices)

@@ -31,6 +31,11 @@ def inject_adapter_in_model(peft_config, model, adapter_name="default", low_cpu_
     Raises:
         ValueError, TypeError: a config that does not fit; the model is unchanged.
     """
+    if state_dict is not None and peft_config.target_parameters:
+        raise ValueError(
+            "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. This is "
+            "not supported -- when using `target_parameters`, please inject the adapter without the state_dict."
+        )
     if state_dict is not None:
         peft_config = type(peft_config).from_dict(peft_config.to_dict())
         keys = [key.removeprefix("base_model.model.") for key in state_dict if ".lora_" in key]

@@ -1,6 +1,6 @@
 """The modules of a model by name, seen through the adapters that are there already."""
 
-from .layers import AuxiliaryTrainingWrapper, LoraLayer
+from .layers import AuxiliaryTrainingWrapper, LoraLayer, LoraParameter
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")  # those that PEFT knows as embeddings
 
@@ -16,14 +16,25 @@ def model_config(model):
 def module_names(model, every_path=False):
     """Name -> module of those an adapter may name: all but the inside of layers and wrappers that are there already.
 
+    A layer around a parameter is around a whole module, whose own modules may be named.
+
     ``every_path``: a module that is reached by several paths is there under each, not under the first alone.
     """
-    names, inside = {}, None
+    names, inside, parts = {}, None, parts_of_layers(model)
     for name, module in model.named_modules(remove_duplicate=not every_path):
-        if name and not (inside and name.startswith(inside)):
+        if name and not (inside and name.startswith(inside)) and id(module) not in parts:
             names[name] = module
-            inside = name + "." if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)) else None
+            closed = isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)) and not isinstance(module, LoraParameter)
+            inside = name + "." if closed else None
     return names
+
+
+def parts_of_layers(model):
+    """The ids of the modules that layers around parameters are made of, and of those that they are around."""
+    layers = [module for module in model.modules() if isinstance(module, LoraParameter)]
+    own = {id(part) for layer in layers for key, kind in layer._modules.items() if key != "base_layer"
+           for part in kind.modules()}  # fmt: skip
+    return own | {id(layer.base_layer) for layer in layers}
 
 
 def below(module):

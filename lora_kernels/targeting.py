@@ -24,6 +24,7 @@ from .layers import (
 )
 from .names import has_suffix, model_config, module_names
 from .tying import TokenTarget, resolve_ties, token_targets
+from .parameter_targets import ParameterTarget, closest, find_parameters, unused
 
 # The default targets of transformers' model types, where ``target_modules`` is None.
 _TYPES_BY_TARGETS = {
@@ -79,6 +80,7 @@ class Targets:
 
     config: object
     lora: list[Target] = field(default_factory=list)
+    parameters: list[ParameterTarget] = field(default_factory=list)
     saved: list[tuple[str, nn.Module]] = field(default_factory=list)
     saved_tied: dict[str, str] = field(default_factory=dict)
     tokens: list[TokenTarget] = field(default_factory=list)
@@ -102,14 +104,20 @@ def find_targets(model, config):
         excluded += verdict is None
         if verdict:
             plan.lora.append(_target(model, config, name, module))
-    if not plan.lora:
-        raise NoMatchingPeftModuleError(_nothing_found(config, names, excluded))
+    plan.parameters = find_parameters(model, config, {t.name for t in plan.lora}, pattern_value)
+    if not plan.lora and not plan.parameters:
+        raise NoMatchingPeftModuleError(_nothing_found(model, config, names, excluded))
     plan.lora += _tied_targets(model, config, names, ties, plan.lora)
     _correct_fan_in(config, plan.lora)
+    if plan.parameters and config.fan_in_fan_out:
+        raise ValueError("lora.ParamWrapper does not work with fan_in_fan_out.")
     plan.saved = _saved_modules(model, config, ties.saved)
     plan.saved_tied = {name: ties.embedding for name, _ in plan.saved if name in ties.saved}
     plan.tokens = token_targets(model, config, {target.name for target in plan.lora})
     _check_nesting(plan)
+    clash = {target.name for target in plan.tokens} & {target.name for target in plan.parameters}
+    if clash:
+        raise ValueError(f"trainable_token_indices: {sorted(clash)} named in target_parameters too; name it in one")
     _warn_unused(config, names, plan, excluded)
     return plan
 
@@ -143,12 +151,12 @@ def _resolve(model, config):
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
     if config.target_modules is None:
         model_type = model_config(model).get("model_type")
-        if model_type not in DEFAULT_TARGETS:
+        if model_type not in DEFAULT_TARGETS and not config.target_parameters:
             raise ValueError(
                 f"target_modules: expected module names, got None; no default for model type {model_type!r}"
             )
-        default = DEFAULT_TARGETS[model_type]
-        config.target_modules = default if isinstance(default, str) else set(default)
+        default = DEFAULT_TARGETS.get(model_type)
+        config.target_modules = set(default) if isinstance(default, tuple) else default
     elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config.target_modules = _all_linear(model, config)
     for name in ("rank_pattern", "alpha_pattern"):
@@ -207,6 +215,8 @@ def _matches(config, name):
         return None
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
+    if targets is None:
+        return False
     if name in targets:
         return True
     return has_suffix(name, targets) and _in_layers(config, name)
@@ -299,8 +309,13 @@ def _closest(wanted, names):
     )
 
 
-def _nothing_found(config, names, excluded):
+def _nothing_found(model, config, names, excluded):
     wanted = config.target_modules
+    if not wanted:
+        message = "No `target_modules` passed but also no `target_parameters` found. Please check the values for "
+        message += "these arguments"
+        close = [c for w in config.target_parameters or () for c in closest(model, w)]
+        return f"{message}; closest names: {', '.join(close)}" if close else f"{message}."
     adaptable = [n for n, m in names.items() if isinstance(m, LoraLayer) or layer_class(m)]
     listed = [wanted] if isinstance(wanted, str) else sorted(wanted)
     message = f"Target modules {wanted} not found in the base model: target_modules: no module matches {listed}"
@@ -317,22 +332,22 @@ def _nothing_found(config, names, excluded):
 
 def _warn_unused(config, names, plan, excluded):
     """What the user named and nothing uses is likely a slip."""
-    targeted = [t.name for t in plan.lora]
-    unused = {}
+    targeted = [*[t.name for t in plan.lora], *[f"{t.name}.{t.parameter}" for t in plan.parameters]]
+    idle = {"target_parameters": unused(config, plan.parameters)}
     if not isinstance(config.target_modules, str):
-        unnamed = [t for t in config.target_modules if t not in names]
-        unused["target_modules"] = [t for t in unnamed if not any(n.endswith("." + t) for n in names)]
+        unnamed = [t for t in config.target_modules or () if t not in names]
+        idle["target_modules"] = [t for t in unnamed if not any(n.endswith("." + t) for n in names)]
     for attribute in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, attribute)
-        unused[attribute] = [k for k in patterns if not any(re.match(rf"(.*\.)?({k})$", n) for n in targeted)]
+        idle[attribute] = [k for k in patterns if not any(re.match(rf"(.*\.)?({k})$", n) for n in targeted)]
     heads = TASK_HEADS.get(config.task_type, [])
     saved = [n for n, _ in plan.saved]
-    unused["modules_to_save"] = [
+    idle["modules_to_save"] = [
         m for m in config.modules_to_save or () if m not in heads and not any(n.endswith(m) for n in saved)
     ]
     if config.exclude_modules and not excluded:
-        unused["exclude_modules"] = [str(config.exclude_modules)]
-    for attribute, values in unused.items():
+        idle["exclude_modules"] = [str(config.exclude_modules)]
+    for attribute, values in idle.items():
         if values:
             close = list(dict.fromkeys(c for v in values for c in _closest(v, names)))
             hint = f"; closest names: {', '.join(close)}" if close else ""

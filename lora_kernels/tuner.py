@@ -5,12 +5,19 @@ import warnings
 from torch import nn
 
 from .combine import ModelCombining
-from .layers import AuxiliaryTrainingWrapper, LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
+from .layers import (
+    AuxiliaryTrainingWrapper,
+    LoraLayer,
+    LoraParameter,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+)
 from .layers.base import check_adapter_name
 from .layers.grouped import group_siblings
 from .layers.mixed import BASE, Batch, Rows
 from .layers.tied import Tie, tie_equal
 from .merging import ModelMerging
+from .parameter_targets import check_same, innermost_first
 from .targeting import find_targets
 from .tying import names_tied_to_embedding, note_untied
 
@@ -109,6 +116,7 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
             raise ValueError(
                 f"bias: expected 'none' for a further adapter (base biases are shared), got {config.bias!r}"
             )
+        check_same(self.peft_config, config)
         targets = find_targets(self.model, config) if targets is None else targets
         self._inject(adapter_name, targets, autocast_adapter_dtype, meta)
         first = not self.peft_config
@@ -121,39 +129,43 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
 
     def _inject(self, adapter_name, targets, autocast_adapter_dtype, meta):
         config, undo, layers = targets.config, [], {}
+        options = {
+            "lora_dropout": config.lora_dropout,
+            "init_lora_weights": config.init_lora_weights,
+            "use_rslora": config.use_rslora,
+            "use_dora": config.use_dora,
+            "lora_bias": config.lora_bias,
+            "autocast_adapter_dtype": autocast_adapter_dtype,
+            "inference_mode": config.inference_mode,
+            "device": "meta" if meta else None,
+        }
         disabled = any(layer.disable_adapters for layer in self._parts())
+
+        def give(target, layer, old, **changed):
+            if old is not layer:
+                undo.append((layer.unwrap,))
+                layer._active_adapter = self.active_adapters
+                layer._rows = self._rows
+                layer.enable_adapters(not disabled)
+            undo.append((layer._drop, adapter_name))
+            replaced = layer.update_layer(adapter_name, target.r, target.lora_alpha, **{**options, **changed})
+            if replaced is not None:
+                undo.append((setattr, layer.weight, "data", replaced))
+            self._replace(target.name, old, layer, undo)
+
         try:
             for target in targets.lora:
-                layer = target.module
-                if not isinstance(layer, LoraLayer):
-                    layer = target.layer_class(target.module)
-                    undo.append((layer.unwrap,))
-                    layer._active_adapter = self.active_adapters
-                    layer._rows = self._rows
-                    layer.enable_adapters(not disabled)
-                undo.append((layer._drop, adapter_name))
-                replaced = layer.update_layer(
-                    adapter_name,
-                    target.r,
-                    target.lora_alpha,
-                    lora_dropout=config.lora_dropout,
-                    init_lora_weights=target.start(config.init_lora_weights),
-                    use_rslora=config.use_rslora,
-                    use_dora=config.use_dora,
-                    lora_bias=config.lora_bias,
-                    autocast_adapter_dtype=autocast_adapter_dtype,
-                    inference_mode=config.inference_mode,
-                    device="meta" if meta else None,
-                )
-                if replaced is not None:
-                    undo.append((setattr, layer.weight, "data", replaced))
-                self._replace(target.name, target.module, layer, undo)
+                old = target.module
+                layer = old if isinstance(old, LoraLayer) else target.layer_class(old)
+                give(target, layer, old, init_lora_weights=target.start(config.init_lora_weights))
                 layers[target.name] = layer
                 if target.tied_to is not None:
                     leader = self.model.get_submodule(target.tied_to)
                     Tie(adapter_name, leader, layer, start=config.init_lora_weights is not False)
-            rows = autocast_adapter_dtype, "meta" if meta else None
-            self._inject_beside(adapter_name, targets, rows, disabled, undo)
+            self._inject_beside(adapter_name, targets, (autocast_adapter_dtype, options["device"]), disabled, undo)
+            for target in innermost_first(targets.parameters):
+                old = target.layer or self.model.get_submodule(target.name)
+                give(target, target.layer or LoraParameter(old, target.parameter), old)
             self._unfuse(undo)
             group_siblings(layers)
         except BaseException:

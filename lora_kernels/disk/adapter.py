@@ -110,6 +110,11 @@ def _read_config(directory):
                 f"init_lora_weights={init!r} changes the base weights that the adapter is relative to; save it with "
                 "peft's path_initial_model_for_weight_conversion and merge that"
             )
+        if values.get("target_parameters"):
+            raise NotImplementedError(
+                f"target_parameters={values['target_parameters']!r} can not be merged on disk; merge them in the model "
+                "(merge_and_unload)"
+            )
         dropped = {*_INERT, "use_dora", "lora_bias", "init_lora_weights"}
         if "peft_type" not in values:
             raise ValueError("expected the key 'peft_type'")

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer, TrainableTokensWrapper
 from ..names import EMBEDDING_NAMES, below
+from ..parameter_targets import Places
 from .checkpoint import CheckpointError, check_tensors
 
 PREFIX = "base_model.model."
@@ -114,20 +115,22 @@ def adapter_keys(model, adapter_name):
 
 def expected_shapes(targets):
     """Key -> shape of the tensors that a checkpoint for these targets must hold."""
-    shapes = {}
+    places, shapes = Places(targets.parameters), {}
     for target in targets.lora:
         base = target.module.base_layer if isinstance(target.module, LoraLayer) else target.module
         options = {"use_dora": targets.config.use_dora, "lora_bias": targets.config.lora_bias}
         for key, (_, shape) in target.layer_class.checkpoint_keys(base, "", target.r, **options).items():
-            shapes[f"{PREFIX}{target.name}.{key}"] = shape
+            shapes[f"{PREFIX}{places.path(target.name)}.{key}"] = shape
     for name, module in targets.saved:
         module = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
         saved = {k: v for k, v in module.state_dict().items() if name not in targets.saved_tied or k == "weight"}
-        shapes.update({f"{PREFIX}{name}.{key}": value.shape for key, value in saved.items()})
+        at = PREFIX + places.path(name)
+        shapes.update({f"{at}.{key}": value.shape for key, value in saved.items()})
     for target in targets.tokens:
         if target.tied_to is None:
-            shapes[f"{PREFIX}{target.name}.{DELTA}"] = (len(target.indices), below(target.module).weight.shape[1])
-    return shapes
+            size = len(target.indices), below(target.module).weight.shape[1]
+            shapes[f"{PREFIX}{places.path(target.name)}.{DELTA}"] = size
+    return shapes | {PREFIX + key: shape for key, shape in places.shapes().items()}
 
 
 def _embedding_keys(model, adapter_name, wanted, warn=True):

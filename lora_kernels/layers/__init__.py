@@ -6,6 +6,7 @@ from .base import LoraLayer
 from .conv import LoraConv
 from .embedding import LoraEmbedding
 from .linear import LoraLinear
+from .parameter import LoraParameter
 from .saved import ModulesToSaveWrapper
 from .token_wrapper import TrainableTokensWrapper
 from .tokens import TrainableTokensLayer
@@ -28,6 +29,7 @@ __all__ = [
     "LoraEmbedding",
     "LoraLayer",
     "LoraLinear",
+    "LoraParameter",
     "LoraTransposed",
     "ModulesToSaveWrapper",
     "TrainableTokensLayer",

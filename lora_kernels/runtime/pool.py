@@ -145,6 +145,8 @@ class AdapterPool:
     def _parse(self, config, tensors, skip_modules_to_save):
         """{path of a linear layer: (lora_a, lora_b, scaling)}, everything checked."""
         saved = tuple(config.modules_to_save or ())
+        if config.target_parameters:
+            raise ValueError(f"config: target_parameters={config.target_parameters} is not served by the pool")
         if config.bias != "none":
             raise ValueError(f"config: bias={config.bias!r} trains base biases, which rows can not share")
         if saved and not skip_modules_to_save:
