@@ -52,7 +52,10 @@ class ModelMerging:
         if safe_merge:
             for layer, found in work.items():
                 if not layer.merge_is_finite(found):
-                    raise ValueError(f"safe_merge: merging {found} would leave Inf or NaN in '{paths[layer]}'")
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {', '.join(found)} seems to be broken: "
+                        f"safe_merge: merging {found} would leave Inf or NaN in '{paths[layer]}'"
+                    )
         warn_of_tied_targets(self)
         part(work, self.model)
         self._all_or_none(list(work), lambda layer: layer.merge(adapter_names=work[layer], exact=exact), progressbar)

@@ -84,8 +84,8 @@ class PeftModel(nn.Module):
         options = {"autocast_adapter_dtype": autocast_adapter_dtype, "meta": low_cpu_mem_usage}
         self.base_model = LoraModel(model, peft_config, adapter_name, **options)
         self.peft_type = peft_config.peft_type
-        if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()  # a checkpointed segment has gradients only where its input has
+        if getattr(model, "is_gradient_checkpointing", False):
+            self.prepare_model_for_gradient_checkpointing(model)
 
     def forward(self, *args, adapter_names=None, **kwargs):
         """The model's own; ``adapter_names``: the adapter of each sample, "__base__" for none (in eval mode)."""
@@ -155,6 +155,13 @@ class PeftModel(nn.Module):
         """``(trainable, all)``: numbers of parameters."""
         sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+    def prepare_model_for_gradient_checkpointing(self, model):
+        """Lets the embeddings' output require gradients: a checkpointed segment has them only where its input has."""
+        kinds = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
+        quantised = any(getattr(model, kind, False) for kind in kinds)
+        if not quantised and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
 
     def print_trainable_parameters(self):
         """One line: how many parameters train."""

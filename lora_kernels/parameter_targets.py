@@ -93,9 +93,9 @@ def _check(config, plain, parameter, module, adapted):
         )
     if adapted:
         raise ValueError(
-            f"Trying to wrap an `nn.Parameter` of layer '{plain}' of type {type(module).__name__}, which is not a "
-            "valid target. Make sure that this layer is not also targeted with `target_modules`. For some models, this is "
-            "done automatically, try setting `target_modules=[]` to prevent it."
+            f"Trying to wrap an `nn.Parameter` of layer '{plain}' of type {type(module).__name__}, which is not "
+            "a valid target. Make sure that this layer is not also targeted with `target_modules`. For some models, "
+            "this is done automatically, try setting `target_modules=[]` to prevent it."
         )
     saved = [m for m in config.modules_to_save or () if re.match(rf"(^|.*\.){m}($|\..*)", plain)]
     if saved:
@@ -123,7 +123,8 @@ def unused(config, targets):
 def closest(model, wanted):
     """Names of parameters that look most like ``wanted``."""
     names = {f"{n}.{p}".replace(_BELOW, "") for n, module, _ in _owners(model) for p in _parameters(module)}
-    short = {".".join(name.split(".")[-2:]) for name in names}
+    parts = wanted.count(".") + 1
+    short = {".".join(name.split(".")[-parts:]) for name in names}
     return difflib.get_close_matches(wanted, sorted(short), n=3, cutoff=0.4)
 
 

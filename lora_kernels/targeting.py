@@ -118,7 +118,7 @@ def find_targets(model, config):
     clash = {target.name for target in plan.tokens} & {target.name for target in plan.parameters}
     if clash:
         raise ValueError(f"trainable_token_indices: {sorted(clash)} named in target_parameters too; name it in one")
-    _warn_unused(config, names, plan, excluded)
+    _warn_unused(model, config, names, plan, excluded)
     return plan
 
 
@@ -330,7 +330,7 @@ def _nothing_found(model, config, names, excluded):
     return f"{message}; modules that can be adapted: {', '.join(adaptable[:8]) or 'none'}"
 
 
-def _warn_unused(config, names, plan, excluded):
+def _warn_unused(model, config, names, plan, excluded):
     """What the user named and nothing uses is likely a slip."""
     targeted = [*[t.name for t in plan.lora], *[f"{t.name}.{t.parameter}" for t in plan.parameters]]
     idle = {"target_parameters": unused(config, plan.parameters)}
@@ -349,6 +349,7 @@ def _warn_unused(config, names, plan, excluded):
         idle["exclude_modules"] = [str(config.exclude_modules)]
     for attribute, values in idle.items():
         if values:
-            close = list(dict.fromkeys(c for v in values for c in _closest(v, names)))
+            near = [closest(model, v) if attribute == "target_parameters" else _closest(v, names) for v in values]
+            close = list(dict.fromkeys(c for found in near for c in found))
             hint = f"; closest names: {', '.join(close)}" if close else ""
-            warnings.warn(f"{attribute}: {sorted(values)} matched no module{hint}", RuntimeWarning, stacklevel=5)
+            warnings.warn(f"{attribute}: {sorted(values)} matched nothing{hint}", RuntimeWarning, stacklevel=5)

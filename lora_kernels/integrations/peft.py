@@ -3,7 +3,7 @@
 from torch import nn
 
 try:
-    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.tuners.lora.model import LoraModel as PeftLoraModel
     from peft.tuners.mixed import MixedModel
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -84,6 +84,8 @@ def _why_left(layer):
         return "its forward is replaced by another library"
     if not all(hasattr(layer, name) for name in _STATE):
         return "made by a peft that is too old"
+    if isinstance(layer, ParamWrapper):
+        return _why_not_parameter(layer)
     base = layer.base_layer
     kinds = _BASES[type(layer).__name__]
     if type(base).__name__ not in kinds or type(base).__module__.partition(".")[0] not in ("torch", "transformers"):
@@ -97,6 +99,15 @@ def _why_left(layer):
         return "its base layer has hooks"
     reasons = [_why_not(layer, name) for name in layer.r]
     return None if not reasons or None in reasons else "; ".join(sorted(set(reasons)))
+
+
+def _why_not_parameter(layer):
+    if not hasattr(layer, "_did_swap_in_out_features"):
+        return "made by a peft that is too old"
+    weight = layer.get_base_layer()._parameters.get(layer.parameter_name)
+    if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
+        return "its parameter is not a plain one"
+    return None if weight.dtype in DTYPES else f"no kernel for a parameter in {weight.dtype}"
 
 
 _BASES = {

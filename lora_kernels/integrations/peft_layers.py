@@ -11,11 +11,12 @@ from torch import nn
 
 from .. import ops
 from ..layers.linear import _unhooked
+from ..layers.parameter import stacks, swapped
 from ..ops.dora.api import row_norm
 from ..ops.linear.api import autocast_dtype
 from ..ops.multi.api import run
 from .peft_merge import Merging, Rows
-from .peft_terms import PLAIN_TENSORS, dora_magnitude, plain_weight, plan, scales, term, usable
+from .peft_terms import DTYPES, PLAIN_TENSORS, dora_magnitude, plain_weight, plan, scales, term, usable
 
 PeftLinear, PeftEmbedding = peft_layers.Linear, peft_layers.Embedding
 
@@ -208,6 +209,33 @@ class Conv3d(_Conv, peft_layers.Conv3d):
     _peft = peft_layers.Conv3d
 
 
+class ParamWrapper(peft_layers.ParamWrapper):
+    """``lora.ParamWrapper`` whose module gets its parameter and the update as one :class:`LowRank`, not added."""
+
+    def forward(self, *args, **kwargs):
+        special = self.merged_adapters or self._disable_adapters or kwargs.get("adapter_names") is not None
+        terms = None if special else self._terms()
+        if terms is None:
+            return super().forward(*args, **kwargs)
+        with swapped(self.get_base_layer(), self.parameter_name, terms):
+            return self.base_layer(*args, **kwargs)
+
+    def _terms(self):
+        """``[(left, right, scaling)]`` of the active adapters; None where PEFT has to do it."""
+        weight = self.get_base_layer()._parameters.get(self.parameter_name)
+        if weight.__class__ is not nn.Parameter or weight.dtype not in DTYPES:
+            return None
+        terms = []
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                found = term(self, name, weight.dtype, weight)
+                if found is None:
+                    return None
+                several = self.num_experts if weight.dim() == 3 else None
+                terms.append((*stacks(*found[:2], several, not self._did_swap_in_out_features), found[2]))
+        return terms or None
+
+
 # PEFT's class -> ours.
 CLASSES = {
     PeftLinear: Linear,
@@ -215,4 +243,5 @@ CLASSES = {
     peft_layers.Conv1d: Conv1d,
     peft_layers.Conv2d: Conv2d,
     peft_layers.Conv3d: Conv3d,
+    peft_layers.ParamWrapper: ParamWrapper,
 }

@@ -24,7 +24,9 @@ class LowRank(torch.Tensor):
     @staticmethod
     def __new__(cls, weight):
         like = {"dtype": weight.dtype, "device": weight.device, "layout": weight.layout}
-        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, strides=weight.stride(), **like)
+        low = torch.Tensor._make_wrapper_subclass(cls, weight.shape, strides=weight.stride(), **like)
+        torch._C._set_throw_on_mutable_data_ptr(low)  # a foreign kernel gets an error, not the address 0
+        return low
 
     def __init__(self, weight):
         super().__init__()
@@ -34,8 +36,7 @@ class LowRank(torch.Tensor):
         """The updated tensor, differentiable in the parts: the factors in the dtype of the weight, rounded once."""
         key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         if key not in self.dense:
-            with torch.autocast(self.weight.device.type, enabled=False):
-                self.dense[key] = _summed(self.weight, self.terms)
+            self.dense[key] = whole(self.weight, self.terms)
         return self.dense[key]
 
     def map(self, of_weight, of_left=None, of_right=None):
@@ -110,6 +111,12 @@ class _Joined(torch.autograd.Function):
         return tuple(found)
 
 
+def whole(weight, terms):
+    """``weight + Σ scaling · left right``, computed in the dtype of the weight."""
+    with torch.autocast(weight.device.type, enabled=False):
+        return _summed(weight, terms)
+
+
 def _summed(weight, terms):
     left = torch.cat([left for left, _, _ in terms], -1)
     right = torch.cat([right * s for _, right, s in terms], -2)
@@ -125,29 +132,25 @@ def _summed(weight, terms):
 
 def _getitem(low, index):
     """Experts, by whatever names them, and slices of rows and columns."""
-    index = index if isinstance(index, tuple) else (index,)
-    if Ellipsis in [i for i in index if not isinstance(i, torch.Tensor)] or any(i is None for i in index):
-        return None
-    ahead, inside = (index[:1], index[1:]) if low.dim() == 3 else ((), index)
-    if not all(isinstance(i, slice) for i in inside):
+    index = index if index.__class__ is tuple else (index,)
+    ahead, inside = (index[0], index[1:]) if low.dim() == 3 else (_ALL, index)
+    if not all(i.__class__ is slice for i in inside):
         return _rows(low, index[0]) if low.dim() == 2 and len(index) == 1 else None
-    rows, columns = (*inside, slice(None), slice(None))[:2]
     if inside:
+        rows, columns = (*inside, _ALL)[:2]
         low = low.map(lambda w: w[..., rows, columns], lambda b: b[..., rows, :], lambda a: a[..., :, columns])
-    if not ahead or ahead[0] == slice(None):
-        return low
-    if isinstance(ahead[0], torch.Tensor) and (ahead[0].dim() or ahead[0].dtype == torch.bool):
-        return low.map(*[lambda part: part[ahead[0]]] * 3)
-    if isinstance(ahead[0], slice):
-        return low.map(*[lambda part: part[ahead[0]]] * 3)
-    try:
-        return low.expert(int(ahead[0]))
-    except (TypeError, ValueError):
-        return None
+    if ahead.__class__ is slice:
+        return low if ahead == _ALL else low.map(*[lambda part: part[ahead]] * 3)
+    if isinstance(ahead, torch.Tensor) and (ahead.dim() or ahead.dtype in _MASKS):
+        return low.map(*[lambda part: part[ahead]] * 3) if ahead.dim() == 1 else None
+    number = isinstance(ahead, (int, torch.Tensor)) and not isinstance(ahead, bool)
+    return low.expert(int(ahead)) if number else None
 
 
 def _rows(low, index):
     """Rows of a matrix, which are tensors: (…, columns)."""
+    if index is None or index is Ellipsis or isinstance(index, bool):
+        return None
     rows = low.weight[index]
     for left, right, s in low.terms:
         rows = rows + (left[index] @ right * s).to(rows.dtype)
@@ -304,6 +307,8 @@ def _embedding(ids, low, padding_idx=None, max_norm=None, norm_type=2.0, scale_g
     return rows
 
 
+_ALL = slice(None)
+_MASKS = (torch.bool, torch.uint8)
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _TENSOR = torch.Tensor
 _OF_SHAPE = {

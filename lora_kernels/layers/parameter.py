@@ -13,8 +13,10 @@ from torch.nn.utils import parametrize
 
 from ..initial import DENSE_INITS, PLAIN_INITS
 from .base import LoraLayer, factor_keys
-from .low_rank import LowRank, low_rank
+from .low_rank import low_rank, whole
 from .scaling import scaling_buffer
+
+SMALL = 2**16  # elements; below it the updated parameter costs less than keeping it apart
 
 
 class LoraParameter(LoraLayer):
@@ -82,11 +84,9 @@ class LoraParameter(LoraLayer):
     # The parameter as matrices
 
     def _stacks(self, name):
-        """``left (experts, rows, r)`` and ``right (experts, r, columns)`` with the update ``left right``."""
-        a = self.lora_A[name].weight.unflatten(0, (self.num_experts, -1))
-        b = self.lora_B[name].weight.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)
-        left, right = (a.mT, b.mT) if self.transposed else (b, a)
-        return (left, right) if self.several else (left[0], right[0])
+        """``left (experts, rows, r)`` and ``right (experts, r, columns)``: the update but for the scaling."""
+        factors = self.lora_A[name].weight, self.lora_B[name].weight
+        return stacks(*factors, self.num_experts if self.several else None, self.transposed)
 
     def _factors(self, name):
         left, right = self._stacks(name)
@@ -114,34 +114,31 @@ class LoraParameter(LoraLayer):
             raise ValueError("lora.ParamWrapper does not support mixed adapter batches yet.")
         if not self._terms:
             return self.base_layer(*args, **kwargs)
-        with swapped(self.get_base_layer(), self.weight_name, self._updated):
-            return self.base_layer(*args, **kwargs)
-
-    def _updated(self, weight):
         terms = []
         for name, sign in self._terms:
             scale = self._buffers[scaling_buffer(name)] if sign > 0 else -self._merged[name]
             terms.append((*self._stacks(name), scale))
-        return low_rank(weight, terms)
+        with swapped(self.get_base_layer(), self.weight_name, terms):
+            return self.base_layer(*args, **kwargs)
 
 
 class _Updated(nn.Module):
     """As the last parametrization of a parameter that is computed already."""
 
-    def __init__(self, updated):
+    def __init__(self, terms):
         super().__init__()
-        self.updated = updated
+        self.terms = terms
 
     def forward(self, weight):
-        return self.updated(weight).whole()
+        return whole(weight, self.terms)
 
 
 @contextlib.contextmanager
-def swapped(module, name, updated):
-    """In this context ``module.name`` is ``updated(module.name)``; the parameter stays where it is."""
+def swapped(module, name, terms):
+    """In this context ``module.name`` has the update of ``terms``, [(left, right, scaling)]; the parameter stays."""
     if parametrize.is_parametrized(module, name):
         steps = module.parametrizations[name]
-        steps.append(_Updated(updated))
+        steps.append(_Updated(terms))
         try:
             with parametrize.cached():
                 yield
@@ -150,8 +147,12 @@ def swapped(module, name, updated):
         return
     # The instance's own attributes are found before its parameters.
     attributes, now = module.__dict__, getattr(module, name)
-    before, low = attributes.get(name), now if isinstance(now, LowRank) else updated(now)  # a module may call itself
-    attributes[name] = low.whole() if torch.compiler.is_compiling() else low
+    if hasattr(now, "holds_update"):  # a module that calls itself
+        yield
+        return
+    before, update = attributes.get(name), low_rank if now.numel() >= SMALL and _takes_parts(module) else whole
+    attributes[name] = update(now, terms)
+    attributes[name].holds_update = True
     try:
         yield
     finally:
@@ -159,6 +160,21 @@ def swapped(module, name, updated):
             del attributes[name]
         else:
             attributes[name] = before
+
+
+def _takes_parts(module):
+    """Whether it can be given a :class:`LowRank`: not while it is traced, nor to kernels that want an address."""
+    kernels = getattr(getattr(module, "config", None), "_experts_implementation", None) in ("deepgemm", "sonicmoe")
+    return not (kernels or "forward" in module.__dict__ or torch.compiler.is_compiling())
+
+
+def stacks(lora_a, lora_b, experts=None, transposed=False):
+    """``left, right`` whose product is the update of a stack of matrices; of one where ``experts`` is None."""
+    if experts is None:
+        return lora_b, lora_a
+    a = lora_a.unflatten(0, (experts, -1))
+    b = lora_b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+    return (a.mT, b.mT) if transposed else (b, a)
 
 
 def _transposed(module, weight):
