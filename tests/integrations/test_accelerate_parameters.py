@@ -1,13 +1,12 @@
 """``accelerate`` on ``peft``'s ``ParamWrapper``: the same results and life, no updated stack, and a way back."""
 
 import copy
-import warnings
 
 import pytest
 import torch
-from layers import test_parameter as cases
 from layers.oracle import gradients, pair, same
-from layers.test_parameter import BOTH, Model, computed, x
+from layers.parameter_cases import BOTH, FRUGAL, USES, Model, x
+from torch.nn.utils import parametrize
 
 import lora_kernels as lk
 from lora_kernels.integrations.peft_layers import ParamWrapper
@@ -30,7 +29,7 @@ def both(make=Model, adapters=("default", "b"), **config):
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize("use", cases.USES)
+@pytest.mark.parametrize("use", USES)
 def test_life(use, is_transposed):
     ours, theirs, report = both(lambda: Model(use, is_transposed), rank_pattern={"up": 3})
     assert len(report.replaced) == 2
@@ -59,7 +58,7 @@ def test_life(use, is_transposed):
     assert list(ours.unload().state_dict()) == list(theirs.unload().state_dict())
 
 
-@pytest.mark.parametrize("use", cases.FRUGAL)
+@pytest.mark.parametrize("use", FRUGAL)
 def test_the_updated_stack_is_not_built(use, monkeypatch):
     ours, theirs, _ = both(lambda: Model(use))
     built = []
@@ -73,15 +72,18 @@ def test_compiled():
     same(torch.compile(ours, backend="eager"), theirs, (x(),))
 
 
+def computed():
+    model = Model()
+    parametrize.register_parametrization(model.inp, "weight", torch.nn.Identity())
+    return model
+
+
 def test_what_stays_with_peft():
     ours, theirs, _ = both()
     for model in (ours, theirs):
         with pytest.raises(ValueError, match="mixed adapter batches"):
             model(x(2), adapter_names=["default", "b"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = {"target_parameters": ["inp.weight"]}
-        _, model = pair(lambda: computed("inp.weight"), target_modules=[], **config)
+    _, model = pair(computed, target_modules=[], target_parameters=["inp.weight"])
     assert "plain" in str(lk.accelerate(model))
     _, model = pair(Model, **BOTH)
     model.double()
