@@ -23,8 +23,8 @@ from .layers import (
     layer_class,
 )
 from .names import has_suffix, model_config, module_names
-from .tying import TokenTarget, resolve_ties, token_targets
 from .parameter_targets import ParameterTarget, closest, find_parameters, unused
+from .tying import TokenTarget, resolve_ties, token_targets
 
 # The default targets of transformers' model types, where ``target_modules`` is None.
 _TYPES_BY_TARGETS = {

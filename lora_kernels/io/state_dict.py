@@ -159,7 +159,7 @@ def _embedding_keys(model, adapter_name, wanted, warn=True):
 def _targets_embeddings(model, config):
     targets = config.target_modules
     if not isinstance(targets, str):
-        return any(name in targets for name in EMBEDDING_NAMES)
+        return any(name in (targets or ()) for name in EMBEDDING_NAMES)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     names = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in EMBEDDING_NAMES]
     return any(re.fullmatch(targets, name) for name in names)

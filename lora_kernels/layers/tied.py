@@ -81,7 +81,7 @@ def part(layers, model):
         if len(owners) > 1 and set(owners) - {id(one) for one in family}:
             own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
             for one in family:
-                _give(one, own, len(used[id(one.get_base_layer())]) > 1)
+                _give(one, own, len(used.get(id(one.get_base_layer()), ())) > 1)
 
 
 def _give(layer, weight, module_is_shared):
@@ -99,7 +99,7 @@ def _give(layer, weight, module_is_shared):
 
 def rejoin(layers):
     """Gives back the weight that they shared to those of ``layers`` that were parted and hold nothing merged now."""
-    for layer in layers:
+    for layer in reversed(list(layers)):  # layers around one module were parted one after another
         if layer._shared is not None and not layer.merged:
             holder, base, weight = layer._shared
             holder._modules["base_layer"] = base

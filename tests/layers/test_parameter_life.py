@@ -336,3 +336,48 @@ def test_one_expert_stored_transposed_fails_in_peft():
     a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
     exact = x().double() @ (layer.get_param()[0].double() + a.t() @ b.t())
     close(ours(x()), exact)
+
+
+def test_merging_into_a_module_that_is_used_twice_changes_only_its_own_layer():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Sequential(Experts("by_expert"))
+            self.second = self.first[0]
+
+        def forward(self, x):
+            return self.second(self.first(x[:, [0, 1, 2, 3, 4, 0]]))
+
+    ours = randomize(lk.get_peft_model(Twice(), lk.LoraConfig(**{**BOTH, "target_parameters": ["up", "down"]}))).eval()
+    module, y = ours.base_model.model.second, ours(x())
+    weights = {name: weight.detach().clone() for name, weight in module.named_parameters()}
+    for _ in range(2):
+        ours.merge_adapter()
+        close(ours(x()), y.double())
+        assert all(torch.equal(weight, weights[name]) for name, weight in module.named_parameters())
+        ours.unmerge_adapter()
+        assert ours.base_model.model.first[0].get_base_layer() is module
+        assert torch.equal(ours(x()), y)
+
+
+def test_an_embedding_has_low_rank_updates_or_trained_rows():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(9, 6)
+            self.experts = Experts("by_expert")
+
+        def forward(self, ids):
+            return self.experts(self.words(ids))
+
+    config = {"target_parameters": ["words.weight", "up"], "target_modules": []}
+    with pytest.raises(ValueError, match="words"):
+        lk.get_peft_model(Words(), lk.LoraConfig(**config, trainable_token_indices={"words": [1]}))
+    ours, theirs = pair(Words, **config)
+    ids = torch.tensor([1, 8, 3])
+    same(ours, theirs, (ids,))
+    gradients(ours, theirs, (ids,))
+    config = {"target_parameters": ["up", "down"], "trainable_token_indices": {"words": [1, 3]}}
+    ours, theirs = pair(Words, target_modules=[], **config)
+    same(ours, theirs, (ids,))
+    gradients(ours, theirs, (ids,))
