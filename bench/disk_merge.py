@@ -22,7 +22,7 @@ import time
 import torch
 from safetensors.torch import save_file
 
-from lora_kernels.bench.measure import facts
+from lora_kernels.bench.bounds import bound, bound_line, finish
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HIDDEN, INNER, VOCAB, RANK = 4096, 14336, 32000, 16
@@ -149,18 +149,11 @@ def main(argv=None):
     growth = max(m["growth"] / m["largest"] for m in merges)
     case = f"{merges[0]['bytes'] / 1e9:.1f} GB bf16 checkpoint, rank 16 on 7 projections"
     targets = [
-        {"case": case, "what": "merge on disk / cp, both synced", "at_least": False, "bound": 1.5, "measured": ratio,
-         "met": ratio <= 1.5},
-        {"case": case, "what": "peak memory growth / largest tensor", "at_least": False, "bound": 3.0,
-         "measured": growth, "met": growth <= 3.0},
-    ]  # fmt: skip
-    for target in targets:
-        print(f"{target['what']}: {target['measured']:.2f} (at most {target['bound']})")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        found = {**facts(), "targets": targets, "results": [], "copy_seconds": copies, "merges": merges}
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
-    return 0 if all(target["met"] for target in targets) else 1
+        bound(case, "merge on disk / cp, both synced", 1.5, ratio),
+        bound(case, "peak memory growth / largest tensor", 3.0, growth),
+    ]
+    print(*map(bound_line, targets), sep="\n")
+    return finish(targets, args.json, copy_seconds=copies, merges=merges)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ stays what it is. PEFT's side is ``merge()`` and ``unmerge()`` of a ``peft`` lin
 """
 
 import argparse
-import json
 import pathlib
 import sys
 import time
@@ -17,8 +16,8 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
+from lora_kernels.bench.bounds import bound, bound_line, finish
 from lora_kernels.bench.exact_walk import adapters_on, random_walk
-from lora_kernels.bench.measure import facts
 
 SIZE, RANK = 4096, 16
 RELATIVE = (0.008, 0.04, 0.16, 0.8)
@@ -104,20 +103,15 @@ def walk(steps, say):
     return {"steps": steps, "seconds": seconds, "counts": counts, "tensors": len(before), "changed": changed}
 
 
-def target(case, what, bound, measured, at_least=False):
-    met = measured >= bound if at_least else measured <= bound
-    return {"case": case, "what": what, "at_least": at_least, "bound": bound, "measured": measured, "met": met}
-
-
 def of_times(case, t):
     fastest = max(t["exact merge"], t["exact unmerge"])
     return [
-        target(case, "exact merge / merge_", 4.0, t["exact merge"] / t["merge_"]),
-        target(case, "exact unmerge / merge_", 4.0, t["exact unmerge"] / t["merge_"]),
-        target(case, "PEFT's merge / exact merge", 5.0, t["PEFT merge"] / t["exact merge"], True),
-        target(case, "PEFT's unmerge / exact unmerge", 5.0, t["PEFT unmerge"] / t["exact unmerge"], True),
-        target(case, "switch_ / merge_ of the summed rank", 1.2, t["switch_"] / t["merge_ of rank 32"]),
-        target(case, "exact switch / exact merge and unmerge", 1.0, t["exact switch"] / (fastest * 2)),
+        bound(case, "exact merge / merge_", 4.0, t["exact merge"] / t["merge_"]),
+        bound(case, "exact unmerge / merge_", 4.0, t["exact unmerge"] / t["merge_"]),
+        bound(case, "PEFT's merge / exact merge", 5.0, t["PEFT merge"] / t["exact merge"], True),
+        bound(case, "PEFT's unmerge / exact unmerge", 5.0, t["PEFT unmerge"] / t["exact unmerge"], True),
+        bound(case, "switch_ / merge_ of the summed rank", 1.2, t["switch_"] / t["merge_ of rank 32"]),
+        bound(case, "exact switch / exact merge and unmerge", 1.0, t["exact switch"] / (fastest * 2)),
     ]
 
 
@@ -142,21 +136,15 @@ def main(argv=None):
         targets += of_times(case, seconds[case])
     for dtype, limits in BITS.items():
         for relative, limit, measured in zip(RELATIVE, limits, bits(dtype), strict=True):
-            targets.append(target(f"{short[dtype]}, update {relative} × weight", "bits a weight", limit, measured))
+            targets.append(bound(f"{short[dtype]}, update {relative} × weight", "bits a weight", limit, measured))
     found = walk(args.steps, say) if args.steps else None
     if found:
         case = f"MiniLM in bf16, {found['steps']} random merges, unmerges and switches"
-        targets.append(target(case, "tensors that changed", 0, len(found["changed"])))
+        targets.append(bound(case, "tensors that changed", 0, len(found["changed"])))
     for case, values in seconds.items():
         print(case, *(f"  {name}: {value * 1e3:.2f} ms" for name, value in values.items()), sep="\n")
-    for t in targets:
-        sign, verdict = "≥" if t["at_least"] else "≤", "pass" if t["met"] else "missed"
-        print(f"{t['case']}: {t['what']} {t['measured']:.3f} ({sign} {t['bound']}) {verdict}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        values = {**facts(), "targets": targets, "results": [], "seconds": seconds, "walk": found}
-        args.json.write_text(json.dumps(values, indent=2) + "\n")
-    return 0 if all(t["met"] for t in targets) else 1
+    print(*map(bound_line, targets), sep="\n")
+    return finish(targets, args.json, seconds=seconds, walk=found)
 
 
 if __name__ == "__main__":

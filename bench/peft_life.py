@@ -8,7 +8,6 @@ machine; the figures to compare are the ratios.
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.bench.measure import facts
+from lora_kernels.bench.bounds import bound, bound_line, finish
 from lora_kernels.bench.timing import interleaved
 
 LAYERS, WIDTH, MAX_ROUNDS = 200, 16, 300
@@ -173,20 +172,11 @@ def measure(row, seconds):
     best = {name: min(found) / calls for name, found in times.items()}
     median = {name: statistics.median(found) / calls for name, found in times.items()}
     targets = []
-    for other, bound in bounds:
+    for other, ratio in bounds:
         faster = other == "peft"
         measured = best["peft"] / best["ours"] if faster else best["ours"] / best[other]
-        limit = 1 / bound if faster else bound
-        targets.append(
-            {
-                "case": row,
-                "what": "PEFT / ours" if faster else "ours / base",
-                "at_least": faster,
-                "bound": limit,
-                "measured": measured,
-                "met": measured >= limit if faster else measured <= limit,
-            }
-        )
+        limit = 1 / ratio if faster else ratio
+        targets.append(bound(row, "PEFT / ours" if faster else "ours / base", limit, measured, at_least=faster))
     return {"row": row, "best": best, "median": median}, targets
 
 
@@ -209,12 +199,8 @@ def main(arguments=None):
         best = "  ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in result["best"].items())
         print(f"{row}: {best}")
         for target in found:
-            sign, verdict = "≥" if target["at_least"] else "≤", "pass" if target["met"] else "missed"
-            print(f"    {target['what']} {target['measured']:.2f} ({sign} {target['bound']:.2f}) {verdict}")
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({**facts(), "results": results, "targets": targets}, file, indent=1)
-    return 0 if all(target["met"] for target in targets) else 1
+            print("    " + bound_line(target))
+    return finish(targets, options.json, results)
 
 
 if __name__ == "__main__":
