@@ -3,7 +3,8 @@
 import torch
 
 import lora_kernels as lk
-from lora_kernels.testing import make_linear, make_multi
+from lora_kernels.ops.dora.api import row_norm
+from lora_kernels.testing import make_embedding, make_grouped, make_linear, make_multi
 
 TOKENS, FEATURES, OUTPUTS, RANK, SLOTS = 300, 1024, 2048, 16, 6
 
@@ -80,6 +81,67 @@ def _multi(dtype):
     return Call(run, list(banks), ["multi_lora_linear"])
 
 
+def _multi_list(dtype):
+    case, _ = _banks(dtype)
+    plan = lk.ops.plan_batch(case.token_slots, num_slots=SLOTS)
+    ranks = case.slot_ranks.tolist()
+    lora_a = [case.a_bank[slot, :rank].contiguous() for slot, rank in enumerate(ranks)]
+    lora_b = [case.b_bank[slot, :, :rank].contiguous() for slot, rank in enumerate(ranks)]
+    terms = (lora_a, lora_b, case.slot_scalings, plan)
+    run = lambda: lk.ops.multi_lora_linear(case.x, case.weight, case.bias, *terms)  # noqa: E731
+    return Call(run, [*lora_a, *lora_b, case.slot_scalings], ["multi_lora_linear_list"])
+
+
+def _grouped(dtype, tokens=TOKENS):
+    case = make_grouped(tokens, FEATURES, (OUTPUTS, 512, 512), (RANK, RANK, 8), dtype, device="cuda")
+    run = lambda: torch.cat(lk.ops.grouped_lora_linear(*case.args()), 1)  # noqa: E731
+    return Call(run, [*case.lora_a, *case.lora_b, *case.scalings], ["grouped_lora_linear"])
+
+
+def _grouped_few_rows(dtype):
+    return _grouped(dtype, tokens=3)
+
+
+def _grouped_train(dtype):
+    case = make_grouped(TOKENS, FEATURES, (OUTPUTS, 512, 512), (RANK, RANK, 8), dtype, device="cuda")
+    leaves = [t.requires_grad_() for t in (case.x, *case.lora_a, *case.lora_b)]
+    dy = [torch.ones((TOKENS, width), dtype=dtype, device="cuda") for width in (OUTPUTS, 512, 512)]
+
+    def run():
+        with torch.enable_grad():
+            y = lk.ops.grouped_lora_linear(*case.args())
+            return torch.cat([part.flatten() for part in (*y, *torch.autograd.grad(y, leaves, dy))])
+
+    adapters = [t.detach() for t in (*case.lora_a, *case.lora_b)]
+    return Call(run, adapters, ["grouped_lora_linear", "grouped_lora_backward"])
+
+
+def _embedding(dtype):
+    case = make_embedding(TOKENS, 5000, FEATURES, RANK, dtype, device="cuda")
+    run = lambda: lk.ops.lora_embedding(*case.args())  # noqa: E731
+    return Call(run, [case.lora_a, case.lora_b, case.scaling], ["lora_embedding"])
+
+
+def _embedding_train(dtype):
+    case = make_embedding(TOKENS, 100, FEATURES, RANK, dtype, device="cuda")
+    leaves = [case.lora_a.requires_grad_(), case.lora_b.requires_grad_()]
+    dy = torch.ones((TOKENS, FEATURES), dtype=dtype, device="cuda")
+
+    def run():
+        with torch.enable_grad():
+            y = lk.ops.lora_embedding(*case.args(), padding_idx=3)
+            return torch.cat([part.flatten() for part in (y, *torch.autograd.grad(y, leaves, dy))])
+
+    adapters = [case.lora_a.detach(), case.lora_b.detach(), case.scaling]
+    return Call(run, adapters, ["lora_embedding", "lora_embedding_backward"])
+
+
+def _row_norm(dtype):
+    case = _case(dtype)
+    terms = (case.lora_a, case.lora_b, case.scaling)
+    return Call(lambda: row_norm(case.weight, *terms), list(terms), ["row_norm"])
+
+
 def _shrink(dtype):
     case, plan = _banks(dtype)
     return Call(lambda: lk.ops.lora_shrink(case.x, case.a_bank, plan), [case.a_bank], ["lora_shrink"])
@@ -122,6 +184,13 @@ CALLS = {
     "lora_linear, dropout": _dropout,
     "lora_add_": _add,
     "multi_lora_linear": _multi,
+    "multi_lora_linear, list": _multi_list,
+    "grouped_lora_linear": _grouped,
+    "grouped_lora_linear, 3 rows": _grouped_few_rows,
+    "grouped_lora_linear, gradients": _grouped_train,
+    "lora_embedding": _embedding,
+    "lora_embedding, gradients": _embedding_train,
+    "row_norm": _row_norm,
     "lora_shrink": _shrink,
     "lora_expand_": _expand,
     "merge_": _merge,
