@@ -95,8 +95,11 @@ __device__ bool too_big(float u) {
 
 __device__ inline uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
-// A cheap proof that w is the only weight that merges to m, u = fl32(w + acc): the one of
-// csrc/cpu/exact_vec.h, where it is derived. Never true for zeros and subnormals.
+// A cheap proof that w is the only weight that merges to m, u = fl32(w + acc): in float arithmetic
+// what csrc/cpu/exact_vec.h does with bits. Both neighbours of w are at least the spacing h of T at
+// m away where |w|, one step nearer to zero, is not below m's power of two. Where u is nearer to m
+// than 0.4995 h (h of the values below where m is a power of two), a neighbour's sum, h away but
+// for two roundings of at most 2^-13 h, does not round to m. Never true for zeros and subnormals.
 template <class T>
 __device__ bool surely_unique(float w, float m, float acc, float u) {
   constexpr uint32_t kStep = static_cast<uint32_t>(Number<T>::kStep);
