@@ -51,6 +51,9 @@ def get_peft_model(
     peft_model = _class_for(peft_config)(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
     config = peft_model.peft_config[adapter_name]
     config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
+    if revision and config.revision not in (None, revision):
+        set_already = f"peft config has already set base model revision to {config.revision}"
+        warnings.warn(f"{set_already}, overwriting with revision {revision}", stacklevel=2)
     config.revision = revision or config.revision
     return peft_model
 

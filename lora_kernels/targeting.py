@@ -295,7 +295,9 @@ def _saved_modules(model, config, tied):
             if any(isinstance(m, LoraLayer) for m in module.modules()):
                 raise ValueError(f"modules_to_save: '{name}' has or holds a LoRA adapter; name it in one of the two")
             if isinstance(module, _CONTAINERS):
-                raise ValueError(f"modules_to_save: '{name}' is a {type(module).__name__}, which can not be called")
+                raise TypeError(
+                    f"modules_to_save cannot be applied to modules of type {type(module)}: '{name}' can not be called"
+                )
             found.append((name, module))
     return sorted(found, key=lambda item: item[0] in tied)
 
@@ -320,7 +322,11 @@ def _nothing_found(model, config, names, excluded):
     listed = [wanted] if isinstance(wanted, str) else sorted(wanted)
     message = f"Target modules {wanted} not found in the base model: target_modules: no module matches {listed}"
     if excluded:
-        message += f" ({excluded} left out by exclude_modules or modules_to_save)"
+        # PEFT's own words, which code looks for
+        why = "No modules were targeted for adaptation. This might be caused by a combination of mismatched target "
+        why += "modules and excluded modules"
+        why = "All modules were excluded. This is likely unintended" if excluded == len(names) else why
+        message = f"{why}: {excluded} left out by exclude_modules or modules_to_save. {message}"
     for name in ("layers_to_transform", "layers_pattern"):
         if getattr(config, name) is not None:
             message += f", {name}={getattr(config, name)!r}"

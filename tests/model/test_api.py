@@ -315,3 +315,11 @@ def test_auto_model(bert, tmp_path):
         lk.AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter")
     with pytest.raises(OSError, match="from_pretrained"):
         lk.AutoPeftModel()
+
+
+def test_another_revision_is_told():
+    config = {"target_modules": ["q_proj"], "revision": "v1"}
+    for package in (lk, peft):
+        with pytest.warns(UserWarning, match="already set base model revision to v1, overwriting with revision main"):
+            model = package.get_peft_model(tiny(), package.LoraConfig(**config), revision="main")
+        assert model.peft_config["default"].revision == "main"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import lora_kernels as lk
 from lora_kernels.config import LoraConfig
 from lora_kernels.model import get_peft_model
 from lora_kernels.targeting import DEFAULT_TARGETS, find_targets
@@ -107,7 +108,7 @@ def test_unknown_targets_name_the_closest():
 def test_bad_targets_are_named_and_nothing_changes(values, message):
     model = tiny()
     before = list(model.named_modules())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(TypeError if message == "ModuleList" else ValueError, match=message):
         get_peft_model(model, LoraConfig(**values))
     assert list(model.named_modules()) == before
 
@@ -152,3 +153,23 @@ def test_other_model_types_are_refused():
     for again in (wrapped, wrapped.base_model, wrapped.get_base_model()):
         with pytest.raises(ValueError, match="adapters already"):
             get_peft_model(again, LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
+        {"target_modules": ".*", "exclude_modules": ".*"},
+        {"target_modules": ["head"], "modules_to_save": ["head"]},
+        {"target_modules": ["head"], "modules_to_save": ["layers"]},
+    ],
+)
+def test_exclusions_and_containers_are_refused_with_pefts_kind_of_error(config):
+    errors = []
+    for package in (lk, peft):
+        with pytest.raises((ValueError, TypeError)) as caught:
+            package.get_peft_model(tiny(), package.LoraConfig(**config))
+        errors.append(caught.value)
+    ours, theirs = errors
+    assert isinstance(ours, TypeError) == isinstance(theirs, TypeError)
+    assert str(ours)[:40] == str(theirs)[:40]
