@@ -117,10 +117,10 @@ def input_gradient(dx, dys, weights, g, lora_a, *, mask=None, row_slots=None, ba
     low_precision, several = host.precision(dx, lora_a), row_slots is not None or len(dys) > 1
     tiles_n = -(-in_features // tiles.block_n)
     programs = min(-(-num_rows // tiles.block_m) * tiles_n, host.num_sms(dx))
-    widths = tuple(dy.shape[1] for dy in dys)
+    widths = tuple(dy.shape[1] for dy in dys) or (0,)  # a kernel takes no empty tuple
     tma = tiles.tma and len(dys) > 0 and host.tma_ready(*dys, *weights)
-    strides = [tuple(tensor.stride(dim) for tensor in group) for group in (dys, weights) for dim in (0, 1)]
-    operands = (dys, weights)
+    strides = [tuple(t.stride(dim) for t in group) or (0,) for group in (dys, weights) for dim in (0, 1)]
+    operands = (dys, weights) if dys else ((None,), (None,))
     if tma:
         blocks = ([tiles.block_m, tiles.block_k], [tiles.block_k, tiles.block_n])
         operands = [tuple(TensorDescriptor.from_tensor(t, b) for t in g) for g, b in zip(operands, blocks, strict=True)]
