@@ -198,8 +198,7 @@ def close(theirs, ours):
     torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=5e-4)
 
 
-TestOracle = Oracle.TestCase
-TestOracle.settings = settings(
+SETTINGS = settings(
     max_examples=12,
     stateful_step_count=12,
     deadline=None,
@@ -207,3 +206,5 @@ TestOracle.settings = settings(
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
+TestOracle = Oracle.TestCase
+TestOracle.settings = SETTINGS

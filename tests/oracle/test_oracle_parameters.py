@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule
 from model.models import Tiny
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import lora_kernels as lk
 from lora_kernels.layers import parameter
-from oracle.test_oracle import NAMES, Oracle
+from oracle.test_oracle import NAMES, SETTINGS, Oracle
 
 peft = pytest.importorskip("peft")
 
@@ -83,11 +83,4 @@ def nothing_is_small():
 
 del Oracle
 TestOracleOfParameters = OracleOfParameters.TestCase
-TestOracleOfParameters.settings = settings(
-    max_examples=12,
-    stateful_step_count=10,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
+TestOracleOfParameters.settings = settings(SETTINGS, stateful_step_count=10)
