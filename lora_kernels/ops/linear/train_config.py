@@ -30,10 +30,10 @@ def block_rank(rank, widest=64):
     return width, -(-rank // width)
 
 
-def dx_block_rank(rank, mixed, several):
-    """:func:`block_rank`'s width in the GEMM that makes dX. Several adapters: a second sum is in registers too; several
-    projections: a K loop each."""
-    return block_rank(rank, 16 if mixed or several else 64)[0]
+def dx_block_rank(rank, mixed, crowded):
+    """:func:`block_rank`'s width in the GEMM that makes dX; ``crowded``: registers are short. Several adapters have a
+    second sum there, several projections a K loop each, and wide tiles spill under Triton 3.6."""
+    return block_rank(rank, 16 if mixed or crowded else 64)[0]
 
 
 def skinny(num_rows, strips_of, rank, num_slots, itemsize, mixed, masked, aligned, capability, num_sms):

@@ -114,7 +114,8 @@ def input_gradient(dx, dys, weights, g, lora_a, *, mask=None, row_slots=None, ba
         num_rows, dx.element_size(), mixed, mask is not None, aligned, row_slots is not None, host.capability(dx),
         batch_invariant,
     )  # fmt: skip
-    low_precision, several = host.precision(dx, lora_a), row_slots is not None or len(dys) > 1
+    low_precision = host.precision(dx, lora_a)
+    crowded = row_slots is not None or len(dys) > 1 or tiles.block_n > 128
     tiles_n = -(-in_features // tiles.block_n)
     programs = min(-(-num_rows // tiles.block_m) * tiles_n, host.num_sms(dx))
     widths = tuple(dy.shape[1] for dy in dys) or (0,)  # a kernel takes no empty tuple
@@ -132,7 +133,7 @@ def input_gradient(dx, dys, weights, g, lora_a, *, mask=None, row_slots=None, ba
         EVEN_K=all(width % tiles.block_k == 0 for width in widths), TMA=tma,
         PRECISION=host.precision(dx), LOW_PRECISION=low_precision,
         UPCAST=host.upcast(dx, lora_a), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-        BLOCK_R=train_config.dx_block_rank(g.shape[1], low_precision == "tf32x3", several),
+        BLOCK_R=train_config.dx_block_rank(g.shape[1], low_precision == "tf32x3", crowded),
         GROUP_M=tiles.group_m, NUM_PROGRAMS=programs,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
