@@ -18,7 +18,7 @@ fi
 slug=$(echo "$gpu" | tr 'A-Z' 'a-z' | tr -cs 'a-z0-9' '-' | sed 's/-$//')
 folder=${1:-bench/results/gpu/$slug}
 shift $(($# ? 1 : 0))
-parts=${*:-build tests kernels decode prefill merge multi train tune}
+parts=${*:-build tests sanitize kernels decode prefill merge multi train tune}
 mkdir -p "$folder"
 failed=0
 
@@ -43,6 +43,11 @@ bench() { run "$1" "$2" "$PYTHON" -m lora_kernels.bench.gpu "$1" --out "$folder"
 
 run build 90 env LORA_KERNELS_BUILD="${LORA_KERNELS_BUILD:-auto}" "$PYTHON" -m build_support
 run tests 180 "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider
+if command -v compute-sanitizer >/dev/null; then
+  run sanitize 120 bench/sanitize.sh "$folder"
+else
+  echo "== sanitize: no compute-sanitizer on PATH, not run"
+fi
 run kernels 60 "$PYTHON" -m pytest tests/triton -q -p no:cacheprovider --ignore=tests/triton/test_static.py
 bench decode 50
 bench prefill 50

@@ -24,6 +24,9 @@ from build_support import toolchain  # noqa: E402
 ARCHS = ("80", "90a", "100")  # as cmake/cuda.cmake builds
 # nvdisasm prints an instruction as "/*0120*/   @P0 LDG.E.128 R4, …"; the width is part of the name.
 INSTRUCTIONS = {
+    "mma": r"HMMA\b",
+    "ldmatrix": r"LDSM\b",
+    "async_copy": r"LDGSTS\b",
     "fma": r"FFMA2?\b",
     "global_load_16": r"LDG\.\S*128",
     "global_store_16": r"STG\.\S*128",
@@ -142,20 +145,31 @@ def measure_all():
 
 
 def table(records, nvcc):
-    columns = ("fma", "global_load_16", "global_store_16", "global", "shared", "local", "all")
+    titles = {
+        "mma": "mma",
+        "ldmatrix": "ldmatrix",
+        "async_copy": "async copies",
+        "fma": "fma",
+        "global_load_16": "16 B loads",
+        "global_store_16": "16 B stores",
+        "global": "global",
+        "shared": "shared",
+        "local": "local",
+        "all": "all",
+    }
+    head = ["source", "kernel", "sm", "registers", "shared B", *titles.values(), "verdict"]
     lines = [
         "# CUDA kernels as compiled",
         "",
         f"{nvcc}, compiled without a GPU; no kernel was run. Counts are of instructions in the machine code.",
         "Made by `python bench/static_cuda.py --write FOLDER`.",
         "",
-        "| source | kernel | sm | registers | shared B | fma | 16 B loads | 16 B stores "
-        "| global | shared | local | all | verdict |",
-        "|---" * 13 + "|",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
     ]
     for r in records:
         cells = [r["source"], f"`{r['kernel']}`", r["arch"], r["registers"], r["shared"]]
-        cells += [r["counts"][name] for name in columns] + ["; ".join(r["problems"]) or "clean"]
+        cells += [r["counts"][name] for name in titles] + ["; ".join(r["problems"]) or "clean"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 

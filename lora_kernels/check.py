@@ -77,6 +77,8 @@ def _check_backend(backend, device):
                     ratio = max(_worst(check(shape, *dtypes, device)) for shape in shapes)
                 bad, cell = not ratio <= 1, f"{ratio:.2f}"  # a NaN fails
                 reason = f"error is {ratio:.2f} of the budget"
+            except cuda_choice.Refused:
+                bad, cell = False, "refused"
             except Exception as error:  # one broken op must not hide the others
                 bad, cell, reason = True, type(error).__name__, f"{type(error).__name__}: {error}"
             cells.append(f"{cell} FAIL" if bad else cell)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from . import _native
-from .ops import triton_backend
+from .ops import cuda_backend, cuda_choice, triton_backend
 
 VARIABLES = {
     "LORA_KERNELS_BACKEND": ("auto", "backend of every op: auto, reference, cpu, triton, cuda"),
@@ -100,9 +100,14 @@ def _built() -> dict:
         "cpu isas": _listed(info.get("cpu_isas")),
         "cuda toolkit": info.get("cuda") or None,
         "cuda archs": _listed(info.get("cuda_archs")),
-        "cuda ops": [f"merge_ ({NEVER_RUN})"] if "_ops_cuda" in build["objects"] else [],
+        "cuda ops": _cuda_ops() if "_ops_cuda" in build["objects"] else [],
         "notes": build["notes"],
     }
+
+
+def _cuda_ops():
+    proven = cuda_choice.PROVEN["cuda"]
+    return [name if name in proven else f"{name} ({NEVER_RUN})" for name in cuda_backend.names()]
 
 
 def _backends() -> dict[str, dict]:
@@ -116,7 +121,7 @@ def _backends() -> dict[str, dict]:
         },
         "cuda": {
             "available": problem is None,
-            "detail": problem or f"merge_ alone, and only when asked for ({NEVER_RUN})",
+            "detail": problem or f"only when asked for ({NEVER_RUN})",
         },
         "triton": {
             "available": triton_problem is None,

@@ -1,4 +1,5 @@
-// The pybind11 module lora_kernels._C: what is no op. CPU features and the facts of this build.
+// The pybind11 module lora_kernels._C: what is no op. CPU features, the tile choice of the CUDA
+// kernels and the facts of this build.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,6 +7,7 @@
 #include <string>
 
 #include "lora_kernels/cpu.h"
+#include "lora_kernels/cuda_tile.h"
 
 namespace {
 
@@ -37,6 +39,12 @@ std::map<std::string, std::string> build_info() {
           {"cuda_archs", LK_BUILD_CUDA_ARCHS}};
 }
 
+std::map<std::string, int> cuda_tile(int64_t m, int64_t n, int64_t k, int64_t r, int sms,
+                                     bool invariant) {
+  const lora_kernels::CudaTile tile = lora_kernels::cuda_tile(m, n, k, r, sms, invariant);
+  return {{"rows", tile.rows}, {"cols", tile.cols}, {"splits", tile.splits}};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -44,6 +52,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features,
         "Instruction-set extensions that CPU and OS offer, by name.");
   m.def("build_info", &build_info, "Compiler, instruction sets, torch and CUDA of this build.");
+  m.def("cuda_tile", &cuda_tile, pybind11::arg("m"), pybind11::arg("n"), pybind11::arg("k"),
+        pybind11::arg("r"), pybind11::arg("sms"), pybind11::arg("invariant") = false,
+        "Rows and columns of the CUDA kernels' tile, and the parts in which the sum for h is cut.");
   m.def(
       "host_isa", [] { return lora_kernels::isa_name(lora_kernels::best_isa()); },
       "The best kernel level this CPU can run.");

@@ -75,7 +75,10 @@ template <int kLeft>
 __device__ __forceinline__ void async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
-__device__ __forceinline__ void write_16(void* to, uint4 v) { *static_cast<uint4*>(to) = v; }
+// Element i of eight 16-bit ones.
+__device__ __forceinline__ void write_2(void* to, int i, uint16_t v) {
+  static_cast<uint16_t*>(to)[i] = v;
+}
 
 // Four 8 x 8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8. A lane gets, of
 // each, elements 2 (l % 4) and the next of row l / 4; with kTurned of column l / 4.

@@ -94,6 +94,7 @@ struct Shared {
   uint32_t bytes[kExactMaxBlock + 1];  // of the residual, as words: 4 bytes a weight at most
   uint32_t warp_sum[kThreads / 32];
   uint32_t lane[16];
+  bool stop;
 };
 
 // Sums the updates of the thread's weights in `rows` blocks of one row each, below one another.
@@ -390,7 +391,10 @@ __device__ void decode(const Job& job, const Place<T>& at, Shared& shared) {
 template <class T, bool kEncode>
 __global__ void __launch_bounds__(kThreads, kBlocks) exact_kernel(const __grid_constant__ Job job) {
   __shared__ Shared shared;
-  if (faulty(job)) return;  // an earlier kernel found it: the same for every thread
+  // One thread looks, for all to agree: other blocks may find something at this moment.
+  if (threadIdx.x == 0) shared.stop = faulty(job);
+  __syncthreads();
+  if (shared.stop) return;
   const ExactLayout& at = job.at;
   const bool wide = at.group == 1;
   const int64_t groups = (at.rows + at.group - 1) / at.group;

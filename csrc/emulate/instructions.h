@@ -28,7 +28,7 @@ template <int kLeft>
 void async_wait() {
   lora_kernels_emulate::async_wait(kLeft);
 }
-inline void write_16(void* to, uint4 v) { lora_kernels_emulate::write_16(to, &v); }
+using lora_kernels_emulate::write_2;
 
 template <bool kTurned>
 void load_matrices(uint32_t (&v)[4], const void* row) {

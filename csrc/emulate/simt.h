@@ -175,9 +175,9 @@ inline void has_written(const void* p) {
   at.writer = block->current;
 }
 
-inline void write_16(void* to, const void* from) {
+inline void write_2(void* to, int i, uint16_t v) {
   may_write(to);
-  std::memcpy(to, from, 16);
+  std::memcpy(static_cast<uint8_t*>(to) + 2 * i, &v, 2);
   has_written(to);
 }
 

@@ -16,6 +16,11 @@ PROVEN = {"cuda": frozenset(), "triton": frozenset()}
 PREFERENCE = ("cuda", "triton")
 UNPROVEN = "compiled, not yet run on hardware; runs only when asked for by name"
 
+
+class Refused(RuntimeError):
+    """A backend that was set by name can not run a call."""
+
+
 calls = {}  # (op name, backend, why not a faster one) -> how often
 
 
@@ -45,14 +50,17 @@ def refusal(backend, name, args):
         reason = _native.cuda_reason
     if reason is None and not library.has_cuda_kernel(name):
         reason = "has no kernel for this op"
+    if reason is None and args:
+        first = args[0][0] if isinstance(args[0], list) else args[0]
+        reason = triton_backend.device_problem(first.device.index)
     return reason or cuda_backend.refusal(name, args)
 
 
 def refuse(backend, name, args):
-    """Raises where a backend that was set by name can not run this call."""
+    """Raises :class:`Refused` where a backend that was set by name can not run this call."""
     reason = refusal(backend, name, args)
     if reason is not None:
-        raise RuntimeError(f"{name}: backend {backend!r} can not run this call: {reason}")
+        raise Refused(f"{name}: backend {backend!r} can not run this call: {reason}")
 
 
 def takes_lists(weight, forced):

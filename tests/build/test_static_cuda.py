@@ -1,6 +1,7 @@
 """The CUDA sources compiled for every architecture that is built: no spills, no local memory, full-width accesses."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -37,6 +38,22 @@ def test_the_merge_reads_and_writes_its_four_strips_sixteen_bytes_at_a_time(reco
         strips = 8 if width == "float" else 4
         assert record["counts"]["global_load_16"] >= strips, record
         assert record["counts"]["global_store_16"] == (0 if checks == "true" else strips), record
+
+
+@compiled
+def test_the_linear_kernels_use_tensor_cores_and_asynchronous_copies(records):
+    found = [r for r in records if r["source"].startswith("linear_")]
+    assert {r["kernel"].split("<")[0] for r in found} == {"linear_kernel", "shrink_kernel"}
+    for record in found:
+        # A step of 32: two of 16, each with the products of a warp's 16 x 8 pieces. Several slots have it twice.
+        sizes = re.search(r"GemmTile<\w+, (\d+), (\d+), (\d+), (\d+), (?:false|true)>(, true)?", record["kernel"])
+        rows, cols, high, wide = map(int, sizes.groups()[:4])
+        products = 2 * (rows // high // 16) * (cols // wide // 8) * (2 if sizes[5] else 1)
+        assert record["counts"]["mma"] >= products, record
+        assert record["counts"]["ldmatrix"] > 0, record
+        assert record["counts"]["async_copy"] > 0, record
+        # Beside 48 KiB that the launch asks for there is room for nothing else.
+        assert record["shared"] == 0 or rows < 128, record
 
 
 def test_the_written_table_names_the_kernels_of_today():

@@ -34,7 +34,7 @@ def _sources():
     return [
         *sorted(CSRC.glob("cuda/*.cu")),
         *sorted(CSRC.glob("bind/ops_cuda_*.cpp")),
-        CSRC / "emulate" / "settings.cpp",
+        CSRC / "emulate" / "exports.cpp",
     ]
 
 

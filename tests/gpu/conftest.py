@@ -13,6 +13,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """What a backend refuses by name is not tested there, and the report says so."""
+    try:
+        return (yield)
+    except cuda_choice.Refused as refusal:
+        pytest.skip(str(refusal))
+
+
 @pytest.fixture(params=["cuda", "triton"])
 def gpu_backend(request):
     """Runs the test once a GPU backend, forced: nothing falls back in silence."""

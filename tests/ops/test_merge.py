@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lora_kernels.ops import lora_linear, merge_, merge_list_, switch_, unmerge_, unmerge_list_
+from lora_kernels.ops.merge import api
 from lora_kernels.testing import assert_within_budget, exact_merge, make_linear
 
 DTYPES = [
@@ -75,6 +76,22 @@ def test_a_list_with_one_bad_adapter_changes_nothing(backend):
         with pytest.raises(error, match="adapters"):
             merge_list_([case.weight for case in cases], adapters)
     assert all(torch.equal(case.weight, was) for case, was in zip(cases, before, strict=True))
+
+
+def test_one_call_takes_only_weights_that_do_not_overlap(monkeypatch):
+    """As on a GPU with a kernel for lists."""
+    monkeypatch.setattr(api.cuda_choice, "takes_lists", lambda weight, forced: weight.stride(1) == 1)
+    calls = []
+    monkeypatch.setattr(api.dispatch, "select", lambda name, weight: lambda *args: calls.append((name, args)))
+    room = torch.zeros(24, 100)
+    case = make_linear(1, 40, 24, 6)
+    adapter = (case.lora_a, case.lora_b, 0.5)
+    by_columns = torch.zeros(40, 24).t()
+    weights = [torch.zeros(24, 40), torch.zeros(24, 40), by_columns, room[:, :40], room[:, 10:50], torch.zeros(24, 40)]
+    merge_list_(weights, [adapter] * 6)
+    assert [name for name, _ in calls] == ["merge_list_", "merge_", "merge_", "merge_list_"]
+    assert [len(args[0]) for name, args in calls if name == "merge_list_"] == [2, 2]
+    assert calls[1][1][0] is by_columns
 
 
 def test_views(backend):

@@ -89,20 +89,17 @@ def _apply_list(weights, adapters, sign):
 def _together(terms):
     """The terms in lists that one call may take: weights of one GPU of which no two overlap, where a kernel for lists
     runs there; one by one otherwise."""
-    groups, spans = [], []
+    groups, spans, open_ = [], [], False
     for term in terms:
         weight, span = term[0], _span(term[0])
+        listed = cuda_choice.takes_lists(weight, dispatch.forced)
         apart = all(span[0] >= end or start >= span[1] for start, end in spans)
-        if (
-            groups
-            and apart
-            and weight.device == groups[-1][0][0].device
-            and cuda_choice.takes_lists(weight, dispatch.forced)
-        ):
+        if listed and open_ and apart and weight.device == groups[-1][0][0].device:
             groups[-1].append(term)
         else:
             groups.append([term])
             spans = []
+        open_ = listed
         spans.append(span)
     return groups
 

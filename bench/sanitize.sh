@@ -1,0 +1,29 @@
+#!/bin/bash
+# The CUDA kernels under compute-sanitizer (memcheck, racecheck) at small sizes, on a GPU: a few minutes.
+#
+#   bench/sanitize.sh [FOLDER]     FOLDER: where the logs go, default bench/results/gpu/sanitize
+#
+# PYTHON names the interpreter (default python3); compute-sanitizer comes with the CUDA toolkit. Fails on any finding.
+set -u
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+folder=${1:-bench/results/gpu/sanitize}
+if ! command -v compute-sanitizer >/dev/null; then
+  echo "bench/sanitize.sh: no compute-sanitizer on PATH (it is in the CUDA toolkit)" >&2
+  exit 2
+fi
+mkdir -p "$folder"
+failed=0
+# torch's allocator would hide accesses beyond a tensor.
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+small='test_golden or test_odd_sizes and 33 or test_gradient_of_x and 33'
+for tool in memcheck racecheck; do
+  echo "== $tool"
+  if ! compute-sanitizer --tool "$tool" --error-exitcode 9 --log-file "$folder/$tool.log" \
+    "$PYTHON" -m pytest tests/gpu/test_gpu_cuda.py -q -p no:cacheprovider -k "$small"; then
+    echo "== $tool: failed, see $folder/$tool.log"
+    failed=1
+  fi
+done
+exit $failed

@@ -1,0 +1,335 @@
+// The fused linear ops for CUDA tensors on LibTorch's stable ABI: checks, pointers, the current
+// stream, two launches (h, then the product). Registered under the namespace lora_kernels_cuda:
+// ops/cuda_choice.py picks between them and Triton. What these kernels do not take
+// (lora_kernels/ops/cuda_backend.py) is refused here too.
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cuda_tensor.h"
+#include "lora_kernels/cuda_linear.h"
+#include "lora_kernels/cuda_tile.h"
+
+namespace lora_kernels {
+namespace {
+
+using MaybeTensor = std::optional<Tensor>;
+using Splits = std::optional<std::vector<int64_t>>;
+
+CudaMatrix matrix(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+// One slot of a bank.
+CudaMatrix slot_matrix(const Tensor& t) { return {t.const_data_ptr(), t.stride(1), t.stride(2)}; }
+
+DType half_type(const Tensor& x, const char* name) {
+  const DType type = dtype_of(x, name);
+  STD_TORCH_CHECK(type != DType::f32, name, ": expected float16 or bfloat16");
+  STD_TORCH_CHECK(x.dim() == 2, name, ": expected 2 dimensions, got ", x.dim());
+  return type;
+}
+
+void check_operand(const Tensor& t, const char* name, const Tensor& x, int64_t rows, int64_t cols) {
+  check_matrix(t, name, x, rows, cols);
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
+}
+
+void no_splits(const Splits& splits) {
+  STD_TORCH_CHECK(!splits.has_value(), "out_splits: expected None");
+}
+
+CudaPlan plan_of(const Tensor& row_order, const Tensor& segment_starts, const MaybeTensor& ranks,
+                 const Tensor& x, int64_t slots) {
+  const auto check = [&](const Tensor& t, const char* name) {
+    check_device(t, name, x);
+    STD_TORCH_CHECK(t.dim() == 1 && t.scalar_type() == ScalarType::Int && t.is_contiguous(), name,
+                    ": expected contiguous int32 in one dimension");
+  };
+  check(row_order, "row_order");
+  check(segment_starts, "segment_starts");
+  STD_TORCH_CHECK(segment_starts.size(0) == slots + 2, "segment_starts: expected ", slots + 2,
+                  " for a bank of ", slots, " slots, got ", segment_starts.size(0));
+  STD_TORCH_CHECK(row_order.size(0) >= x.size(0), "row_order: expected at least ", x.size(0));
+  if (ranks.has_value()) {
+    check(*ranks, "slot_ranks");
+    STD_TORCH_CHECK(ranks->size(0) == slots, "slot_ranks: expected ", slots);
+  }
+  return {static_cast<const int32_t*>(row_order.const_data_ptr()),
+          static_cast<const int32_t*>(segment_starts.const_data_ptr()),
+          ranks.has_value() ? static_cast<const int32_t*>(ranks->const_data_ptr()) : nullptr,
+          static_cast<int>(row_order.size(0)), static_cast<int>(slots)};
+}
+
+CudaTile choose(const Tensor& x, int64_t n, int64_t k, int64_t r, bool invariant) {
+#if defined(LK_EMULATE)
+  const int device = 0;
+#else
+  const int device = x.get_device_index();
+#endif
+  return cuda_tile(x.size(0), n, k, r, lk_cuda_multiprocessors(device), invariant);
+}
+
+void run(const char* op, const CudaShrink& shrink, const Tensor& x, DType type) {
+  on_stream(op, x, [&](int device, void* stream) {
+    return lk_cuda_shrink(&shrink, type, device, stream);
+  });
+}
+void run(const char* op, const CudaLinear& linear, const Tensor& x, DType type,
+         const CudaTile& tile) {
+  on_stream(op, x, [&](int device, void* stream) {
+    return lk_cuda_linear(&linear, type, tile.rows, device, stream);
+  });
+}
+
+void set_bias(CudaLinear& linear, const MaybeTensor& bias, const Tensor& x) {
+  if (!bias.has_value()) return;
+  check_device(*bias, "bias", x);
+  STD_TORCH_CHECK(
+      bias->dim() == 1 && bias->size(0) == linear.n && bias->scalar_type() == x.scalar_type(),
+      "bias: expected ", linear.n, " elements of the dtype of x");
+  linear.bias = bias->const_data_ptr();
+  linear.bias_stride = bias->stride(0);
+}
+
+void set_out(CudaLinear& linear, Tensor& y, const char* name, const Tensor& x) {
+  check_operand(y, name, x, linear.m, linear.n);
+  linear.y = y.mutable_data_ptr();
+  linear.y_row = y.stride(0);
+  linear.y_col = y.stride(1);
+}
+
+void set_h(CudaLinear& linear, const Tensor& h, int splits) {
+  linear.h = static_cast<const float*>(h.const_data_ptr());
+  linear.h_row = linear.r;
+  linear.h_split = linear.m * linear.r;
+  linear.splits = splits;
+}
+
+Tensor new_h(const Tensor& x, int64_t r, int splits) {
+  return torch::stable::new_empty(x, {splits, x.size(0), r}, ScalarType::Float);
+}
+
+// y of one adapter; without a weight y += the update alone.
+void one_adapter(const char* op, Tensor& y, const char* y_name, const Tensor& x,
+                 const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& lora_a,
+                 const Tensor& lora_b, const Tensor& scaling, bool invariant) {
+  const DType type = half_type(x, "x");
+  STD_TORCH_CHECK(lora_a.dim() == 2, "lora_a: expected 2 dimensions, got ", lora_a.dim());
+  const int64_t m = x.size(0), k = x.size(1), r = lora_a.size(0);
+  const int64_t n = weight.has_value() ? weight->size(0) : lora_b.size(0);
+  if (weight.has_value()) check_operand(*weight, "weight", x, n, k);
+  check_operand(lora_a, "lora_a", x, r, k);
+  check_operand(lora_b, "lora_b", x, n, r);
+  const CudaTile tile = choose(x, n, weight.has_value() ? k : 0, r, invariant);
+  const int splits = choose(x, n, k, r, invariant).splits;
+  CudaLinear linear = {};
+  linear.m = m;
+  linear.n = n;
+  linear.r = r;
+  linear.x = matrix(x);
+  if (weight.has_value()) {
+    linear.k = k;
+    linear.weight = matrix(*weight);
+  }
+  linear.add = !weight.has_value();
+  linear.b = matrix(lora_b);
+  linear.scaling = scaling_of(scaling, "scaling", x);
+  set_bias(linear, bias, x);
+  set_out(linear, y, y_name, x);
+  Tensor h = new_h(x, r, splits);
+  set_h(linear, h, splits);
+  CudaShrink shrink = {};
+  shrink.x = matrix(x);
+  shrink.a = matrix(lora_a);
+  shrink.h = static_cast<float*>(h.mutable_data_ptr());
+  shrink.m = m;
+  shrink.k = k;
+  shrink.r = r;
+  shrink.splits = splits;
+  run(op, shrink, x, type);
+  run(op, linear, x, type, tile);
+}
+
+Tensor lora_linear(Tensor x, Tensor weight, MaybeTensor bias, Tensor lora_a, Tensor lora_b,
+                   Tensor scaling, Splits out_splits, bool invariant) {
+  no_splits(out_splits);
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x, weight: expected 2 dimensions");
+  Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
+  one_adapter("lora_linear", y, "y", x, weight, bias, lora_a, lora_b, scaling, invariant);
+  return y;
+}
+
+void lora_linear_out(Tensor out, Tensor x, Tensor weight, MaybeTensor bias, Tensor lora_a,
+                     Tensor lora_b, Tensor scaling, Splits out_splits, bool invariant) {
+  no_splits(out_splits);
+  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected 2 dimensions, got ", weight.dim());
+  one_adapter("lora_linear_out", out, "out", x, weight, bias, lora_a, lora_b, scaling, invariant);
+}
+
+void lora_add_(Tensor y, Tensor x, Tensor lora_a, Tensor lora_b, Tensor scaling, bool invariant) {
+  STD_TORCH_CHECK(lora_b.dim() == 2, "lora_b: expected 2 dimensions, got ", lora_b.dim());
+  one_adapter("lora_add_", y, "y", x, std::nullopt, std::nullopt, lora_a, lora_b, scaling,
+              invariant);
+}
+
+// dX = dY W + s (dY B) A: the forward kernel, W and A turned.
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor dy, Tensor x, MaybeTensor weight,
+                                                        Tensor lora_a, Tensor lora_b,
+                                                        Tensor scaling, Tensor /*h*/, Tensor mask,
+                                                        double, Splits out_splits, bool need_x,
+                                                        bool need_a, bool need_b, bool invariant) {
+  no_splits(out_splits);
+  STD_TORCH_CHECK(!need_a && !need_b && mask.numel() == 0,
+                  "lora_linear_backward: these kernels give the gradient of x alone, no dropout");
+  const DType type = half_type(dy, "dy");
+  const int64_t m = dy.size(0), n = dy.size(1), k = x.size(1), r = lora_a.size(0);
+  if (weight.has_value()) check_operand(*weight, "weight", dy, n, k);
+  check_operand(lora_a, "lora_a", dy, r, k);
+  check_operand(lora_b, "lora_b", dy, n, r);
+  Tensor none_a = torch::stable::new_empty(lora_a, {0}),
+         none_b = torch::stable::new_empty(lora_b, {0});
+  if (!need_x) return {torch::stable::new_empty(x, {0}), none_a, none_b};
+  Tensor dx = torch::stable::new_empty(dy, {m, k});
+  const CudaTile tile = choose(dy, k, n, r, invariant);
+  CudaLinear linear = {};
+  linear.m = m;
+  linear.n = k;
+  linear.k = weight.has_value() ? n : 0;
+  linear.r = r;
+  linear.turned = true;
+  linear.x = matrix(dy);
+  if (weight.has_value()) linear.weight = matrix(*weight);
+  linear.b = matrix(lora_a);
+  linear.scaling = scaling_of(scaling, "scaling", dy);
+  set_out(linear, dx, "dx", dy);
+  Tensor dh = new_h(dy, r, tile.splits);
+  set_h(linear, dh, tile.splits);
+  CudaShrink shrink = {};
+  shrink.x = matrix(dy);
+  shrink.a = matrix(lora_b);
+  shrink.h = static_cast<float*>(dh.mutable_data_ptr());
+  shrink.m = m;
+  shrink.k = n;
+  shrink.r = r;
+  shrink.splits = tile.splits;
+  shrink.turned = true;
+  run("lora_linear_backward", shrink, dy, type);
+  run("lora_linear_backward", linear, dy, type, tile);
+  return {dx, none_a, none_b};
+}
+
+CudaShrink bank_shrink(const Tensor& x, const Tensor& a_bank, Tensor& h, int splits,
+                       const CudaPlan& plan) {
+  CudaShrink shrink = {};
+  shrink.x = matrix(x);
+  shrink.a = slot_matrix(a_bank);
+  shrink.a_slot = a_bank.stride(0);
+  shrink.h = static_cast<float*>(h.mutable_data_ptr());
+  shrink.m = x.size(0);
+  shrink.k = x.size(1);
+  shrink.r = a_bank.size(1);
+  shrink.splits = splits;
+  shrink.plan = plan;
+  return shrink;
+}
+
+void check_bank(const Tensor& bank, const char* name, const Tensor& x) {
+  check_device(bank, name, x);
+  STD_TORCH_CHECK(bank.dim() == 3, name, ": expected 3 dimensions, got ", bank.dim());
+  STD_TORCH_CHECK(bank.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
+}
+
+void set_scalings(CudaLinear& linear, const Tensor& scalings, const Tensor& x, int64_t slots) {
+  check_device(scalings, "slot_scalings", x);
+  STD_TORCH_CHECK(scalings.dim() == 1 && scalings.size(0) == slots &&
+                      scalings.scalar_type() == ScalarType::Float,
+                  "slot_scalings: expected ", slots, " float32");
+  linear.scaling = static_cast<const float*>(scalings.const_data_ptr());
+  linear.scaling_stride = scalings.stride(0);
+}
+
+Tensor multi_lora_linear(Tensor x, Tensor weight, MaybeTensor bias, Tensor a_bank, Tensor b_bank,
+                         Tensor slot_scalings, MaybeTensor slot_ranks, Tensor row_order,
+                         Tensor segment_starts, Splits out_splits, bool invariant) {
+  no_splits(out_splits);
+  const DType type = half_type(x, "x");
+  check_bank(a_bank, "a_bank", x);
+  check_bank(b_bank, "b_bank", x);
+  const int64_t slots = a_bank.size(0), r = a_bank.size(1), k = x.size(1);
+  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected 2 dimensions, got ", weight.dim());
+  const int64_t n = weight.size(0);
+  check_operand(weight, "weight", x, n, k);
+  STD_TORCH_CHECK(a_bank.size(2) == k, "a_bank: expected ", k, " in_features");
+  STD_TORCH_CHECK(b_bank.size(0) == slots && b_bank.size(1) == n && b_bank.size(2) == r,
+                  "b_bank: expected (", slots, ", ", n, ", ", r, ")");
+  const CudaPlan plan = plan_of(row_order, segment_starts, slot_ranks, x, slots);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), n});
+  const CudaTile tile = choose(x, n, k, r, invariant);
+  Tensor h = new_h(x, r, tile.splits);
+  CudaLinear linear = {};
+  linear.m = x.size(0);
+  linear.n = n;
+  linear.k = k;
+  linear.r = slots > 0 ? r : 0;
+  linear.x = matrix(x);
+  linear.weight = matrix(weight);
+  linear.b = slot_matrix(b_bank);
+  linear.b_slot = b_bank.stride(0);
+  linear.plan = plan;
+  set_scalings(linear, slot_scalings, x, slots);
+  set_bias(linear, bias, x);
+  set_out(linear, y, "y", x);
+  set_h(linear, h, tile.splits);
+  run("multi_lora_linear", bank_shrink(x, a_bank, h, tile.splits, plan), x, type);
+  run("multi_lora_linear", linear, x, type, tile);
+  return y;
+}
+
+Tensor lora_shrink(Tensor x, Tensor a_bank, MaybeTensor slot_ranks, Tensor row_order,
+                   Tensor segment_starts, bool) {
+  const DType type = half_type(x, "x");
+  check_bank(a_bank, "a_bank", x);
+  STD_TORCH_CHECK(a_bank.size(2) == x.size(1), "a_bank: expected ", x.size(1), " in_features");
+  const CudaPlan plan = plan_of(row_order, segment_starts, slot_ranks, x, a_bank.size(0));
+  Tensor h = torch::stable::new_empty(x, {x.size(0), a_bank.size(1)}, ScalarType::Float);
+  torch::stable::zero_(h);
+  run("lora_shrink", bank_shrink(x, a_bank, h, 1, plan), x, type);
+  return h;
+}
+
+void lora_expand_(Tensor y, Tensor h, Tensor b_bank, Tensor slot_scalings, MaybeTensor slot_ranks,
+                  Tensor row_order, Tensor segment_starts, Splits out_splits, bool invariant) {
+  no_splits(out_splits);
+  const DType type = half_type(y, "y");
+  check_bank(b_bank, "b_bank", y);
+  const int64_t slots = b_bank.size(0), n = y.size(1), r = b_bank.size(2), m = y.size(0);
+  STD_TORCH_CHECK(b_bank.size(1) == n, "b_bank: expected ", n, " out_features");
+  check_matrix(h, "h", y, m, r);
+  STD_TORCH_CHECK(h.scalar_type() == ScalarType::Float && h.is_contiguous(),
+                  "h: expected contiguous float32");
+  const CudaPlan plan = plan_of(row_order, segment_starts, slot_ranks, y, slots);
+  CudaLinear linear = {};
+  linear.m = m;
+  linear.n = n;
+  linear.r = slots > 0 ? r : 0;
+  linear.add = true;
+  linear.x = matrix(y);  // not read: its part of the sum is empty
+  linear.b = slot_matrix(b_bank);
+  linear.b_slot = b_bank.stride(0);
+  linear.plan = plan;
+  set_scalings(linear, slot_scalings, y, slots);
+  set_out(linear, y, "y", y);
+  set_h(linear, h, 1);
+  run("lora_expand_", linear, y, type, choose(y, n, 0, r, invariant));
+}
+
+}  // namespace
+}  // namespace lora_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels_cuda, LK_CUDA_KEY, m) {
+  m.impl("lora_linear", TORCH_BOX(&lora_kernels::lora_linear));
+  m.impl("lora_linear_out", TORCH_BOX(&lora_kernels::lora_linear_out));
+  m.impl("lora_add_", TORCH_BOX(&lora_kernels::lora_add_));
+  m.impl("lora_linear_backward", TORCH_BOX(&lora_kernels::lora_linear_backward));
+  m.impl("multi_lora_linear", TORCH_BOX(&lora_kernels::multi_lora_linear));
+  m.impl("lora_shrink", TORCH_BOX(&lora_kernels::lora_shrink));
+  m.impl("lora_expand_", TORCH_BOX(&lora_kernels::lora_expand_));
+}

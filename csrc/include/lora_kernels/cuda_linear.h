@@ -1,0 +1,70 @@
+// Launchers of the fused linear layer on CUDA: raw pointers, sizes and a stream. No allocation, no
+// waiting, no set-up: they can be captured in a CUDA graph, which keeps pointers and sizes. As CUDA
+// loads a kernel when it is first launched, call once before capturing.
+#pragma once
+
+#include <cstdint>
+
+#include "lora_kernels/cpu.h"  // DType
+
+namespace lora_kernels {
+
+// Element (i, j) is at data + i * row + j * col, counted in elements.
+struct CudaMatrix {
+  const void* data;
+  int64_t row, col;
+};
+
+// Rows by slot, as BatchPlan has them (runtime plan); null pointers: one adapter for all rows.
+struct CudaPlan {
+  const int32_t* row_order;
+  const int32_t* segment_starts;
+  const int32_t* slot_ranks;  // or null: all of the rank is live
+  int num_positions, num_slots;
+};
+
+// h (splits, m, r) = x (m, k) a^T in float32, a sum cut into `splits` parts. a is (r, k), or,
+// `turned`, (k, r); with a plan (slots, r, k), and only rows of a slot are written.
+struct CudaShrink {
+  CudaMatrix x, a;
+  int64_t a_slot;
+  float* h;
+  int64_t m, k, r;
+  int splits;
+  bool turned;
+  CudaPlan plan;
+};
+
+// y (m, n) = x (m, k) weight^T + bias + scaling * h b^T, rounded once; with `add`, y += all that.
+// weight is (n, k), b (n, r), or, `turned`, (k, n) and (r, n); with a plan b is (slots, n, r). k or
+// r may be 0. h is (splits, m, r), of which the parts are added, scaled and rounded to y's dtype.
+struct CudaLinear {
+  CudaMatrix x, weight, b;
+  int64_t b_slot;
+  const void* bias;  // or null
+  int64_t bias_stride;
+  const float* h;
+  int64_t h_row, h_split;
+  const float* scaling;  // one, or one a slot
+  int64_t scaling_stride;
+  void* y;
+  int64_t y_row, y_col;
+  int64_t m, n, k, r;
+  int splits;
+  bool turned, add;
+  CudaPlan plan;
+};
+
+}  // namespace lora_kernels
+
+// `type` float16 or bfloat16, that of every operand but h. Null when the launch went through, else
+// CUDA's words for what is wrong.
+extern "C" {
+const char* lk_cuda_shrink(const lora_kernels::CudaShrink* args, lora_kernels::DType type,
+                           int device, void* stream);
+// Rows of a tile: 128, 64 or 16, of 128, 64 and 64 columns; what there is no kernel for runs on 64.
+const char* lk_cuda_linear(const lora_kernels::CudaLinear* args, lora_kernels::DType type,
+                           int tile_rows, int device, void* stream);
+// Multiprocessors of a device.
+int lk_cuda_multiprocessors(int device);
+}

@@ -1,0 +1,52 @@
+// Which tile a CUDA GEMM runs with: a pure function of the sizes and the GPU, on the host.
+#pragma once
+
+#include <cstdint>
+
+namespace lora_kernels {
+
+struct CudaTile {
+  int rows, cols;  // of the product
+  int splits;      // parts of the sum for h, added in ascending order
+};
+
+constexpr int kMaxSplits = 8;
+
+// m, n, k, r as in x (m, k), weight (n, k), rank r; `sms` multiprocessors. With `invariant` what
+// decides how a sum is cut does not depend on m.
+//
+// A tile's cost is the waves that it takes times the work of one multiprocessor in a wave; smaller
+// tiles do the same work with more traffic. The result of a product does not depend on the tile:
+// every sum runs over k in steps of 16, ascending.
+inline CudaTile cuda_tile(int64_t m, int64_t n, int64_t k, int64_t r, int sms, bool invariant) {
+  // Rows, columns, tiles that are resident on a multiprocessor, share of its peak.
+  struct Kind {
+    int rows, cols, resident;
+    double share;
+  };
+  constexpr Kind kKinds[] = {{128, 128, 1, 1.0}, {64, 64, 4, 0.75}, {16, 64, 4, 0.3}};
+  CudaTile best = {16, 64, 1};
+  double least = 0;
+  for (const Kind& kind : kKinds) {
+    const int64_t tiles = (m + kind.rows - 1) / kind.rows * ((n + kind.cols - 1) / kind.cols);
+    const int64_t at_once = static_cast<int64_t>(sms) * kind.resident;
+    // A wave that is not full costs what its busiest multiprocessor does.
+    const int64_t full = tiles / at_once, rest = tiles % at_once;
+    const double deep = static_cast<double>(full * kind.resident + (rest + sms - 1) / sms);
+    const double cost = deep * kind.rows * kind.cols * static_cast<double>(k + r) / kind.share;
+    if (least == 0 || cost < least) {
+      least = cost;
+      best = {kind.rows, kind.cols, 1};
+    }
+  }
+  // h has few tiles: its sum is cut until they fill the GPU, into no less than 512 each.
+  if (!invariant) {
+    const int64_t tiles = (m + 63) / 64 * ((r + 63) / 64);
+    while (best.splits < kMaxSplits && tiles * best.splits < sms && k / (2 * best.splits) >= 512) {
+      best.splits *= 2;
+    }
+  }
+  return best;
+}
+
+}  // namespace lora_kernels

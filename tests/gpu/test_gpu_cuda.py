@@ -1,0 +1,133 @@
+"""The C++ CUDA kernels on a GPU: golden vectors, odd sizes against float64, lists, bits, graphs, two streams at once.
+
+What every backend must do is in ``test_gpu_ops.py``; the same kernels run on the host in ``tests/cuda``.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lora_kernels as lk
+from lora_kernels.ops import dispatch
+from lora_kernels.testing import assert_within_budget, eager_lora_linear, exact_lora_linear, make_linear, make_multi
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exact"))
+from exact_cases import GOLDEN, problem, same_bits
+
+pytestmark = pytest.mark.gpu
+HALF = [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _cuda_backend():
+    reason = dispatch.unavailable("cuda")
+    if reason is not None:
+        pytest.skip(f"backend cuda: {reason}")
+    with lk.use_backend("cuda"):
+        yield
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden(path):
+    case = {name: tensor.cuda() for name, tensor in load_file(path).items()}
+    weight, adapter = case["weight"].clone(), (case["lora_a"], case["lora_b"], case["scaling"])
+    residual = lk.ops.merge_exact_(weight, *adapter)
+    assert same_bits(weight, case["merged"])
+    assert torch.equal(residual.body, case["body"])
+    lk.ops.unmerge_exact_(weight, *adapter, residual)
+    assert same_bits(weight, case["weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("shape", [(1024, 4096), (333, 5000), (4096, 300)])
+def test_exact_merge_is_that_of_the_cpu(shape, dtype):
+    for kind in (0.02, "wild"):
+        weight, *adapter = problem(*shape, 16, dtype, w=kind, b=0.01 if kind != "wild" else 1e-6)
+        there = [weight.cuda(), *(t.cuda() for t in adapter[:2]), adapter[2]]
+        residual = lk.ops.merge_exact_(*there)
+        with lk.use_backend("auto"):
+            expected = weight.clone()
+            cpu = lk.ops.merge_exact_(expected, *adapter)
+        assert same_bits(there[0].cpu(), expected)
+        assert torch.equal(residual.body.cpu(), cpu.body)
+        lk.ops.unmerge_exact_(*there, residual)
+        assert same_bits(there[0].cpu(), weight)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (33, 1031, 997, 5), (129, 4096, 264, 100), (2000, 130, 4100, 16)])
+def test_odd_sizes(shape, dtype):
+    args = make_linear(*shape, dtype, device="cuda").args()
+    assert_within_budget(lk.ops.lora_linear(*args), eager_lora_linear(*args), exact_lora_linear(*args))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("shape", [(33, 1031, 997, 5), (700, 4096, 2048, 16), (2000, 256, 4096, 64)])
+def test_gradient_of_x(shape, dtype):
+    case = make_linear(*shape, dtype, device="cuda")
+    dy = torch.randn(shape[0], shape[2], device="cuda").to(dtype)
+    op, nothing = lk.ops.library.op("lora_linear_backward"), torch.empty(0, device="cuda")
+    mask = torch.empty(0, dtype=torch.uint8, device="cuda")
+    args = (dy, case.x, case.weight, case.lora_a, case.lora_b, case.scaling, nothing, mask, 0.0, None)
+    ours, *_ = op(*args, True, False, False, False)
+    exact = case.scaling.double() * (dy.double() @ case.lora_b.double() @ case.lora_a.double())
+    eager = (dy @ case.lora_b @ case.lora_a) * case.scaling.to(dtype) + dy @ case.weight
+    assert_within_budget(ours, eager, exact + dy.double() @ case.weight.double())
+
+
+def _list(count=100):
+    cases = [
+        make_linear(1, 512 + 8 * (i % 5), 300 + i, 16, torch.bfloat16, device="cuda", seed=i) for i in range(count)
+    ]
+    return [case.weight for case in cases], [(case.lora_a, case.lora_b, case.scaling) for case in cases]
+
+
+def test_a_list_gives_the_bits_of_one_after_the_other():
+    weights, adapters = _list()
+    alone = [lk.ops.merge_(weight.clone(), *adapter) for weight, adapter in zip(weights, adapters, strict=True)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lk.ops.merge_list_(weights, adapters)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, weights, alone))
+
+
+def test_a_list_in_a_graph_reads_the_adapters_anew():
+    weights, adapters = _list()
+    kept = [weight.clone() for weight in weights]
+    lk.ops.merge_list_(weights, adapters)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lk.ops.merge_list_(weights, adapters)
+    for (_, lora_b, _), weight, before in zip(adapters, weights, kept, strict=True):
+        lora_b.mul_(-2.0)
+        weight.copy_(before)
+    graph.replay()
+    expected = [lk.ops.merge_(weight, *adapter) for weight, adapter in zip(kept, adapters, strict=True)]
+    assert all(map(torch.equal, weights, expected))
+
+
+def test_two_streams_at_once_give_the_bits_of_one():
+    single = make_linear(300, 2048, 1024, 16, torch.bfloat16, device="cuda")
+    several = make_multi(200, 2048, 1024, 16, 5, torch.bfloat16, device="cuda")
+    plan = lk.ops.plan_batch(several.token_slots, several.slot_ranks, num_slots=5)
+    banks = (several.a_bank, several.b_bank, several.slot_scalings)
+    calls = (
+        lambda: lk.ops.lora_linear(*single.args()),
+        lambda: lk.ops.multi_lora_linear(several.x, several.weight, several.bias, *banks, plan),
+    )
+    expected = [call() for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    found = []
+    for _ in range(20):
+        for stream, call in zip(streams, calls, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(call())
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, expected[i % 2]) for i, result in enumerate(found))
