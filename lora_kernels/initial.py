@@ -4,10 +4,10 @@ PiSSA (Meng et al. 2024, arXiv:2404.02948) and OLoRA (Büyükakyüz 2024, arXiv:
 part of the base weight, and take that part out of the weight.
 """
 
-import math
-
 import torch
 from torch import nn
+
+from .bare import like_linear
 
 DENSE_INITS = ("gaussian", "orthogonal", "olora", "pissa")
 PLAIN_INITS = ("gaussian",)
@@ -53,8 +53,8 @@ def reset(a, b, kind, r):
     if kind == "gaussian":
         nn.init.normal_(a, std=1 / r)
     else:
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    nn.init.zeros_(b)
+        like_linear(a)
+    b.detach().zero_()
 
 
 def _orthogonal(a, b):

@@ -14,6 +14,7 @@ from .layers.base import LoraLayer, check_adapter_name
 from .status import get_layer_status, get_model_status
 from .targeting import find_targets
 from .tuner import LoraModel
+from .walk import into_eval
 
 __all__ = ["LoraModel", "PeftModel", "get_peft_model"]
 
@@ -352,5 +353,5 @@ class PeftModel(nn.Module):
         result = set_peft_model_state_dict(self, tensors, adapter_name, ignore_mismatched_sizes, strict=strict)
         self.set_requires_grad(adapter_name, is_trainable)
         if not is_trainable:
-            self.eval()
+            into_eval(self)
         return result

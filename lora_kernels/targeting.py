@@ -25,6 +25,7 @@ from .layers import (
 from .names import has_suffix, model_config, module_names
 from .parameter_targets import ParameterTarget, closest, find_parameters, unused
 from .tying import TokenTarget, resolve_ties, token_targets
+from .walk import submodule
 
 # The default targets of transformers' model types, where ``target_modules`` is None.
 _TYPES_BY_TARGETS = {
@@ -247,7 +248,7 @@ def pattern_value(patterns, name, default):
 def _target(model, config, name, module):
     base = module.get_base_layer() if isinstance(module, LoraLayer) else module
     kind = layer_class(base)
-    parent = model.get_submodule(name.rpartition(".")[0])
+    parent = submodule(model, name.rpartition(".")[0])
     if isinstance(module, AuxiliaryTrainingWrapper):
         how = "saved in full" if isinstance(module, ModulesToSaveWrapper) else "trained row by row"
         field_name = "modules_to_save" if isinstance(module, ModulesToSaveWrapper) else "trainable_token_indices"

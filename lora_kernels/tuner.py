@@ -20,6 +20,7 @@ from .merging import ModelMerging
 from .parameter_targets import check_same, innermost_first
 from .targeting import find_targets
 from .tying import names_tied_to_embedding, note_untied
+from .walk import each_module, submodule
 
 _FUSED = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
@@ -199,7 +200,7 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
 
     def _unfuse(self, undo):
         """Turns off torch's fused encoder path, which reads the weights of linear layers without calling them."""
-        for module in self.model.modules():
+        for module in each_module(self.model):
             attribute = _FUSED.get(type(module))
             value = getattr(module, attribute, 0) if attribute else 0
             if value and any(isinstance(m, LoraLayer) for m in module.modules()):
@@ -211,16 +212,21 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
     def _replace(self, name, old, new, undo):
         if new is not old:
             path, _, attribute = name.rpartition(".")
-            parent = self.model.get_submodule(path)
+            parent = submodule(self.model, path)
             undo.append((setattr, parent, attribute, old))
-            setattr(parent, attribute, new)
+            if type(parent).__setattr__ is nn.Module.__setattr__ and parent._modules.get(attribute) is old:
+                parent._modules[attribute] = new
+            else:
+                setattr(parent, attribute, new)
 
     def _freeze_base(self, bias):
         """Only the adapter trains, and the base biases that ``bias`` names."""
-        adapter = {id(p) for layer in self.layers() for n in layer.r for p in layer._parameters_of(n)}
-        for name, parameter in self.model.named_parameters():
-            if id(parameter) not in adapter:
-                parameter.requires_grad_(bias == "all" and (name == "bias" or name.endswith(".bias")))
+        done = {id(p) for layer in self.layers() for n in layer.r for p in layer._parameters_of(n)}
+        for module in each_module(self.model):
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in done:
+                    done.add(id(parameter))
+                    parameter.requires_grad_(bias == "all" and name == "bias")
         for part in self._parts():
             if isinstance(part, AuxiliaryTrainingWrapper):
                 part.original_module.requires_grad_(False)

@@ -11,6 +11,7 @@ from torch import nn
 from ..layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer, TrainableTokensWrapper
 from ..names import EMBEDDING_NAMES, below
 from ..parameter_targets import Places
+from ..walk import named_modules, submodule
 from .checkpoint import CheckpointError, check_tensors
 
 PREFIX = "base_model.model."
@@ -94,7 +95,7 @@ def adapter_keys(model, adapter_name):
     required, optional = {}, {}
     bias = configs[adapter_name].bias
     copies = ()
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, LoraLayer) and adapter_name in module.r:
             keys = module.adapter_keys(adapter_name)
             required.update({f"{path}.{key}": f"{path}.{own}" for key, (own, _) in keys.items()})
@@ -198,7 +199,7 @@ def _ties(model, adapter_name, keys, tensors):
 
 def _tensor(model, key):
     path, _, name = key.rpartition(".")
-    owner = model.get_submodule(path)
+    owner = submodule(model, path)
     entry = owner._parameters.get(name)
     return owner._buffers[name] if entry is None else entry
 
@@ -208,7 +209,7 @@ def _assign(model, key, tensor):
     present = _tensor(model, key)
     if present.is_meta:
         tensor = tensor.to(device=_device(model, path), dtype=present.dtype, copy=True)
-        owner = model.get_submodule(path)
+        owner = submodule(model, path)
         owner._parameters[name] = nn.Parameter(tensor, requires_grad=present.requires_grad)
     else:
         present.copy_(tensor)
@@ -216,6 +217,6 @@ def _assign(model, key, tensor):
 
 def _device(model, path):
     """Where the layer with adapters that ``path`` is in has its base weight."""
-    while not isinstance(model.get_submodule(path), (LoraLayer, TrainableTokensLayer)):
+    while not isinstance(module := submodule(model, path), (LoraLayer, TrainableTokensLayer)):
         path = path.rpartition(".")[0]
-    return model.get_submodule(path).weight.device
+    return module.weight.device

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from .. import bare
 from ..initial import PLAIN_INITS
 from .base import LoraLayer, factor_keys
 from .linear import LoraLinear
@@ -86,8 +87,9 @@ class LoraAttention(LoraLayer):
         self.base_layer.out_proj.enable_adapters(enabled)
 
     def _make_adapter(self, name, r, device, dtype, bias):
-        self.lora_A[name] = nn.Linear(self.in_features, r, bias=False, device=device, dtype=dtype)
-        self.lora_B[name] = nn.Linear(r, self.out_features, bias=False, device=device, dtype=dtype)
+        a = bare.linear(self.in_features, r, False, device, dtype)
+        b = bare.linear(r, self.out_features, False, device, dtype)
+        self._modules["lora_A"]._modules[name], self._modules["lora_B"]._modules[name] = a, b
 
     @staticmethod
     def checkpoint_keys(base, name, r, *, use_dora=False, lora_bias=False):

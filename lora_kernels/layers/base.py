@@ -12,6 +12,7 @@ import warnings
 import torch
 from torch import nn
 
+from .. import bare
 from ..config import check_alpha, check_dropout, check_rank
 from ..initial import DENSE_INITS, check_init, initialise, reset
 from . import dora
@@ -50,12 +51,12 @@ class LoraLayer(MergedWeight, nn.Module):
             raise TypeError(f"base_layer: {type(self).__name__} does not take a {type(base_layer).__name__}")
         # Straight into the dicts: nn.Module's way to set an attribute is most of what wrapping a layer costs.
         own = {
-            "lora_dropout": nn.ModuleDict(),
-            "lora_A": nn.ModuleDict(),
-            "lora_B": nn.ModuleDict(),
-            "lora_embedding_A": nn.ParameterDict(),
-            "lora_embedding_B": nn.ParameterDict(),
-            "lora_magnitude_vector": nn.ModuleDict(),
+            "lora_dropout": bare.module_dict(),
+            "lora_A": bare.module_dict(),
+            "lora_B": bare.module_dict(),
+            "lora_embedding_A": bare.parameter_dict(),
+            "lora_embedding_B": bare.parameter_dict(),
+            "lora_magnitude_vector": bare.module_dict(),
         }
         self._modules.update(base_layer=base_layer, **own)
         self.__dict__.update(
@@ -177,8 +178,10 @@ class LoraLayer(MergedWeight, nn.Module):
         replaced = None
         try:
             self._make_adapter(adapter_name, r, device, dtype, lora_bias)
-            self.lora_dropout[adapter_name] = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
-            self.register_buffer(scaling_buffer(adapter_name), torch.zeros((), device=weight.device), persistent=False)
+            dropout = nn.Dropout(lora_dropout) if lora_dropout else bare.identity()
+            self._modules["lora_dropout"]._modules[adapter_name] = dropout
+            self.scaling.make(adapter_name, weight.device)
+            self._non_persistent_buffers_set.add(scaling_buffer(adapter_name))
             self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
             self.use_rslora[adapter_name] = use_rslora
             self.use_dora[adapter_name], self.lora_bias[adapter_name] = use_dora, lora_bias
@@ -191,7 +194,7 @@ class LoraLayer(MergedWeight, nn.Module):
             if replaced is not None:
                 weight.data = replaced
             raise
-        self.lora_dropout[adapter_name].train(self.training)
+        dropout.__dict__["training"] = self.training
         self.set_requires_grad(adapter_name, adapter_name in self._active_adapter and not inference_mode)
         self._reroute()
         return replaced
@@ -352,7 +355,7 @@ class LoraLayer(MergedWeight, nn.Module):
 
     def _reset(self, name, kind):
         """The factors as a new adapter starts: without effect."""
-        reset(self.lora_A[name].weight, self.lora_B[name].weight, kind, self.r[name])
+        reset(*self._start_factors(name), kind, self.r[name])
         if self.lora_bias[name]:
             nn.init.zeros_(self.lora_B[name].bias)
 

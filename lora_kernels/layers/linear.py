@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from .. import ops
+from .. import bare, ops
 from .base import LoraLayer, factor_keys
 from .mixed import Batch, by_group, run_lora
 from .scaling import scaling_buffer
@@ -25,7 +25,7 @@ class LoraLinear(LoraLayer):
 
     def __init__(self, base_layer):
         super().__init__(base_layer)
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.__dict__.update(in_features=base_layer.in_features, out_features=base_layer.out_features)
 
     @classmethod
     def from_linear(
@@ -109,8 +109,9 @@ class LoraLinear(LoraLayer):
         return layer.train(self.training)
 
     def _make_adapter(self, name, r, device, dtype, bias):
-        self.lora_A[name] = nn.Linear(self.in_features, r, bias=False, device=device, dtype=dtype)
-        self.lora_B[name] = nn.Linear(r, self.out_features, bias=bias, device=device, dtype=dtype)
+        a = bare.linear(self.in_features, r, False, device, dtype)
+        b = bare.linear(r, self.out_features, bias, device, dtype)
+        self._modules["lora_A"]._modules[name], self._modules["lora_B"]._modules[name] = a, b
 
     @staticmethod
     def checkpoint_keys(base, name, r, *, use_dora=False, lora_bias=False):

@@ -28,6 +28,11 @@ class Scaling(dict):
         super().__setitem__(name, float(value))
         self._fill(name)
 
+    def make(self, name, device):
+        """A buffer for an adapter that has no scaling yet; the next assignment fills it."""
+        with torch.inference_mode(False):
+            self.buffers[scaling_buffer(name)] = torch.empty((), dtype=torch.float32, device=device)
+
     def update(self, *args, **kwargs):
         for name, value in dict(*args, **kwargs).items():
             self[name] = value

@@ -1,0 +1,50 @@
+"""Ways through a model that cost less than ``nn.Module``'s own, which recurse and ask every attribute by name."""
+
+from torch import nn
+
+
+def each_module(model):
+    """What ``model.modules()`` gives, in its order."""
+    seen, stack = set(), [model]
+    while stack:
+        module = stack.pop()
+        if module is not None and module not in seen:
+            seen.add(module)
+            yield module
+            stack.extend(reversed(module._modules.values()))
+
+
+def named_modules(model, closed=()):
+    """What ``model.named_modules()`` gives, in its order, but for what is inside modules of the classes ``closed``."""
+    seen, stack = set(), [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        yield path, module
+        if isinstance(module, closed):
+            seen.update(each_module(module))
+            continue
+        before = path + "." if path else ""
+        stack.extend([(before + name, child) for name, child in reversed(module._modules.items())])
+
+
+def submodule(model, path):
+    """``model.get_submodule(path)``: by the dicts, where they have all of the path."""
+    module = model
+    for name in path.split(".") if path else ():
+        module = module._modules.get(name)
+        if module is None:  # a path through what a module hands on (__getattr__)
+            return model.get_submodule(path)
+    return module
+
+
+def into_eval(model):
+    """``model.eval()``."""
+    for module in each_module(model):
+        kind = type(module)
+        if kind.train is nn.Module.train and kind.__setattr__ is nn.Module.__setattr__:
+            module.__dict__["training"] = False
+        else:
+            module.eval()
