@@ -7,6 +7,7 @@ from .layers.atomic import all_or_none
 from .layers.merged import replaced
 from .layers.tied import part, rejoin
 from .tying import warn_of_tied_targets
+from .walk import named_modules
 
 
 class ModelMerging:
@@ -48,13 +49,12 @@ class ModelMerging:
             layer: layer.names_to_merge([n for n in names if n in layer.adapter_names()], exact) for layer in layers
         }
         work = {layer: found for layer, found in work.items() if found}
-        paths = self._paths()
         if safe_merge:
             for layer, found in work.items():
                 if not layer.merge_is_finite(found):
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {', '.join(found)} seems to be broken: "
-                        f"safe_merge: merging {found} would leave Inf or NaN in '{paths[layer]}'"
+                        f"safe_merge: merging {found} would leave Inf or NaN in '{self._path(layer)}'"
                     )
         warn_of_tied_targets(self)
         part(work, self.model)
@@ -134,13 +134,11 @@ class ModelMerging:
         self._all_or_none(layers, switch, finish=activate)
 
     def _all_or_none(self, layers, action, progressbar=False, finish=lambda: None):
-        paths = self._paths()
-
         def named(layer):
             try:
                 action(layer)
             except ValueError as error:
-                raise ValueError(f"'{paths[layer]}': {error}") from error
+                raise ValueError(f"'{self._path(layer)}': {error}") from error
 
         if progressbar:
             from tqdm.auto import tqdm
@@ -160,8 +158,8 @@ class ModelMerging:
         """Of the layers whose adapters change a weight, one for each set of rows that tied layers share."""
         return [layer for layer in self._weighted() if getattr(layer, "holder", layer) is layer]
 
-    def _paths(self):
-        return {module: path for path, module in self.model.named_modules()}
+    def _path(self, layer):
+        return next(path for path, module in named_modules(self.model) if module is layer)
 
     @staticmethod
     def _known_merged(names, layers):

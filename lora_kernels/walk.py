@@ -14,8 +14,8 @@ def each_module(model):
             stack.extend(reversed(module._modules.values()))
 
 
-def named_modules(model, closed=()):
-    """What ``model.named_modules()`` gives, in its order, but for what is inside modules of the classes ``closed``."""
+def named_modules(model):
+    """What ``model.named_modules()`` gives, in its order."""
     seen, stack = set(), [("", model)]
     while stack:
         path, module = stack.pop()
@@ -23,9 +23,6 @@ def named_modules(model, closed=()):
             continue
         seen.add(module)
         yield path, module
-        if isinstance(module, closed):
-            seen.update(each_module(module))
-            continue
         before = path + "." if path else ""
         stack.extend([(before + name, child) for name, child in reversed(module._modules.items())])
 

@@ -28,9 +28,13 @@ def signals_wait():
     """Python's signal handlers run when ``deliver()`` is called, or at the end; C handlers are left alone.
 
     A handler that raises between the write of a weight and the note of what was written would lose the way back.
-    Handlers run in the main thread only, so in others there is nothing to do.
+    Handlers run in the main thread only, so in others there is nothing to do; nor inside of another such block,
+    where the outer one delivers.
     """
     waiting = _Waiting()
+    if isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), _Waiting):
+        yield waiting
+        return
     with contextlib.ExitStack() as handlers:  # takes SIGINT first and gives it back last
         for name in _NAMES:
             number = getattr(signal, name, None)
