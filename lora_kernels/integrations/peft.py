@@ -16,7 +16,7 @@ from ..layers.linear import _unhooked
 from .measure import measure
 from .peft_layers import CLASSES, Linear, PeftLinear
 from .peft_merge import LoraModel
-from .peft_terms import DTYPES, dora_magnitude, served_variant
+from .peft_terms import DTYPES, activated, dora_magnitude, served_variant
 from .report import Group, Report
 
 __all__ = ["Linear", "accelerate", "restore"]
@@ -122,7 +122,8 @@ def _why_not(layer, name):
     variant = layer.lora_variant.get(name)
     linear = isinstance(layer, PeftLinear)
     served = linear and variant is not None and served_variant(layer, name, variant, training=False)
-    if variant is not None and not served and not (linear and dora_magnitude(layer, name) is not None):
+    known = linear and (dora_magnitude(layer, name) is not None or activated(layer, name))
+    if variant is not None and not served and not known:
         return f"variant {type(variant).__name__}"
     if not linear:
         return None

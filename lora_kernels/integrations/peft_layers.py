@@ -16,7 +16,18 @@ from ..ops.dora.api import row_norm
 from ..ops.linear.api import autocast_dtype
 from ..ops.multi.api import run
 from .peft_merge import Merging, Rows
-from .peft_terms import DTYPES, PLAIN_TENSORS, dora_magnitude, plain_weight, plan, scales, term, usable
+from .peft_terms import (
+    DTYPES,
+    PLAIN_TENSORS,
+    activated,
+    activated_plan,
+    dora_magnitude,
+    plain_weight,
+    plan,
+    scales,
+    term,
+    usable,
+)
 
 PeftLinear, PeftEmbedding = peft_layers.Linear, peft_layers.Embedding
 
@@ -54,7 +65,7 @@ class Linear(Merging, Rows, PeftLinear):
         """``magnitude / ‖W + s B A‖ · (x Wᵀ + s x Aᵀ Bᵀ) + bias``; None where PEFT has to do it."""
         if name not in self.lora_variant or autocast_dtype(x.device.type) is not None:
             return None
-        magnitude, found = dora_magnitude(self, name), term(self, name, weight.dtype, x, dora=True)
+        magnitude, found = dora_magnitude(self, name), term(self, name, weight.dtype, x, any_variant=True)
         if magnitude is None or found is None or found[3] or torch.compiler.is_compiling():
             return None
         a, b, scaling, _ = found
@@ -81,6 +92,8 @@ class Linear(Merging, Rows, PeftLinear):
         y = None
         if not args and kwargs.keys() == {"adapter_names"} and kwargs["adapter_names"] is not None:
             y = self._forward_rows(x, kwargs["adapter_names"])
+        elif not args and kwargs.keys() == {"alora_offsets"} and kwargs["alora_offsets"] is not None:
+            y = self._forward_activated(x, kwargs["alora_offsets"])
         return PeftLinear.forward(self, x, *args, **kwargs) if y is None else y
 
     def _forward_rows(self, x, adapter_names):
@@ -116,6 +129,30 @@ class Linear(Merging, Rows, PeftLinear):
             return ops.multi_lora_linear(x, weight, bias, list(a), list(b), scalings, batch)
         # The layer is what the checks of the public function ask for.
         y = run(True, x.reshape(-1, x.shape[-1]), weight, bias, scalings, batch, None, (*a, *b))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _forward_activated(self, x, offsets):
+        """aLoRA (Greenewald et al. 2025, arXiv:2504.12397) on the last ``offsets[i]`` rows of item ``i``, in one op.
+
+        None where PEFT has to do it.
+        """
+        base, active = self._modules["base_layer"], self.active_adapters
+        weight = plain_weight(base, x)
+        blocked = self._disable_adapters or self.merged_adapters or not self.cast_input_dtype_enabled
+        if weight is None or blocked or len(active) != 1 or not activated(self, active[0]):
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast_dtype(x.device.type) is not None:
+            return None
+        if x.dim() not in (2, 3) or not x.numel() or len(offsets) != x.shape[0]:
+            return None
+        found = term(self, active[0], weight.dtype, x, any_variant=True)
+        if found is None or found[3] or found[2].__class__ is not torch.Tensor:
+            return None
+        rows_each = x.shape[1] if x.dim() == 3 else 1
+        counts = tuple([0 if offset is None else min(int(offset), rows_each) for offset in offsets])
+        batch = activated_plan(counts, rows_each, x.device)
+        scalings = found[2].to(x.device, torch.float32).reshape(1)
+        y = run(True, x.reshape(-1, x.shape[-1]), weight, base._parameters["bias"], scalings, batch, None, found[:2])
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _update(self, name, weight):

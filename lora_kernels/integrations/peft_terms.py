@@ -31,6 +31,7 @@ _PLAIN_VARIANTS = _variants("MiCALinearVariant")
 _PLAIN_IN_EVAL = _variants("VeloraLinearVariant", "MontecloraLinearVariant")
 _KASA = _variants("KasaLinearVariant")
 _DORA = _variants("DoraLinearVariant")
+_ALORA = _variants("ALoraLinearVariant")
 
 
 def plain_weight(base, x):
@@ -50,17 +51,22 @@ def usable(x, dtype):
     return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
 
 
-def term(layer, name, dtype, x, dora=False):
+def activated(layer, name):
+    """Whether an adapter is an aLoRA: plain LoRA on the rows from its invocation on."""
+    return isinstance(layer.lora_variant.get(name), _ALORA)
+
+
+def term(layer, name, dtype, x, any_variant=False):
     """``(lora_a, lora_b, scaling, dropout_p)`` of an adapter over a base of ``dtype``; None: not plain LoRA.
 
-    ``dora``: those of a DoRA adapter, whose magnitude the caller applies.
+    ``any_variant``: those of a DoRA or aLoRA adapter, of which the caller does what is not plain.
     """
     modules = layer._modules
     a = modules["lora_A"]._modules[name]
     b = modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
     variant = layer.lora_variant.get(name) if layer.lora_variant else None
-    if variant is not None and not (dora or served_variant(layer, name, variant, layer.training)):
+    if variant is not None and not (any_variant or served_variant(layer, name, variant, layer.training)):
         return None
     if a.__class__ is not _Linear or b.__class__ is not _Linear:
         return None
@@ -127,6 +133,14 @@ def scales(values, device):
     """Scalings of several adapters as one float32 tensor."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+@functools.lru_cache(maxsize=16)
+def activated_plan(counts, rows_each, device):
+    """The plan of a batch in which the last ``counts[i]`` of the ``rows_each`` rows of item ``i`` have the adapter."""
+    with torch.inference_mode(False):
+        rows = [row >= rows_each - count for count in counts for row in range(rows_each)]
+        return ops.plan_batch((torch.tensor(rows, dtype=torch.int32) - 1).to(device), num_slots=1)
 
 
 @functools.lru_cache(maxsize=16)

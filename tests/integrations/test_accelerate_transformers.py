@@ -79,14 +79,25 @@ def test_generate_with_one_adapter_a_row_and_beams():
         assert torch.equal(ours.generate(input_ids=ids(), **options), theirs.generate(input_ids=ids(), **options))
 
 
-def test_alora_models_keep_working():
+def test_alora_runs_on_the_rows_after_its_invocation(monkeypatch):
     config = {"r": 3, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
     theirs = peft.get_peft_model(llama(), peft.LoraConfig(alora_invocation_tokens=[1, 2], **config), "a")
     theirs.add_adapter("plain", peft.LoraConfig(**config))
     theirs = filled(theirs).eval()
     ours = copy.deepcopy(theirs)
     report = lk.accelerate(ours)
-    assert "ALoraLinearVariant" in str(report)
+    assert not any(group.reason for group in report.groups)
+    from lora_kernels.integrations import peft_layers
+
+    ran = []
+    original = peft_layers.Linear._forward_activated
+
+    def spy(layer, x, offsets):
+        y = original(layer, x, offsets)
+        ran.append(y is not None)
+        return y
+
+    monkeypatch.setattr(peft_layers.Linear, "_forward_activated", spy)
     tokens = ids()
     tokens[0, 2:4] = tokens[2, 4:6] = torch.tensor([1, 2])
     with torch.no_grad():
@@ -94,9 +105,24 @@ def test_alora_models_keep_working():
             theirs.set_adapter(active)
             ours.set_adapter(active)
             torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=1e-4, atol=1e-5)
+        assert ran, "aLoRA's layers were not told the offsets"
+        assert all(ran), "aLoRA's layers ran PEFT's own forward"
+        theirs.set_adapter("a")
+        ours.set_adapter("a")
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        got, expected = (m.generate(input_ids=tokens, **options) for m in (ours, theirs))
+        assert torch.equal(got, expected)
         names = ["a", "plain", "__base__"]
         got, expected = (m(tokens, adapter_names=names).logits for m in (ours, theirs))
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    losses = []
+    for model in (ours, theirs):  # with gradients PEFT's own forward runs
+        model.set_adapter("a")
+        model(tokens).logits.square().mean().backward()
+        losses.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert losses[0].keys() == losses[1].keys()
+    for name, gradient in losses[0].items():
+        torch.testing.assert_close(gradient, losses[1][name], rtol=1e-4, atol=1e-6)
 
 
 def test_arrow_models_keep_working(tmp_path):
