@@ -108,18 +108,16 @@ class LoraConfig:
 
     def __post_init__(self):
         self._unknown = {}
-        if self.peft_type != PeftType.LORA:
-            raise ValueError(f"peft_type: expected 'LORA', got {self.peft_type!r}")
+        self.peft_type = PeftType.LORA  # whatever is given, as in PEFT
         if self.task_type is not None and self.task_type not in [t.value for t in TaskType]:
             raise ValueError(
-                f"task_type: expected None or one of {[t.value for t in TaskType]}, got {self.task_type!r}"
+                f"Invalid task type: '{self.task_type}'. Must be one of the following task types: "
+                f"{', '.join(TaskType)}."
             )
         self._check_supported()
         check_rank("r", self.r)
         check_alpha("lora_alpha", self.lora_alpha)
         check_dropout(self.lora_dropout)
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias: expected 'none', 'all' or 'lora_only', got {self.bias!r}")
         for name in ("fan_in_fan_out", "use_rslora", "inference_mode", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
@@ -149,7 +147,7 @@ class LoraConfig:
         variant = _INIT_VARIANTS.get(init.lower()) if isinstance(init, str) else None
         if variant:
             raise NotImplementedError(f"init_lora_weights={init!r} ({variant}): {_ELSEWHERE}")
-        check_init(init, self.r, DENSE_INITS, "LoRA layer")
+        check_init(init, None, DENSE_INITS, "LoRA layer")
         for name in ("use_dora", "lora_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
@@ -160,6 +158,16 @@ class LoraConfig:
             )
         if self.lora_bias and self.use_dora:
             raise ValueError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False")
+        changing = isinstance(init, str) and (init.startswith("pissa") or init == "olora")
+        if changing and self.use_rslora and (self.rank_pattern or self.alpha_pattern):
+            warnings.warn(
+                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion of modified "
+                "base weights PiSSA/CorDA/OLoRA/LoRA-GA means that you won't be able to pass "
+                "`path_initial_model_for_weight_conversion` to `save_pretrained` to restore the initial values of the "
+                "base weights; if you intend to do this, please ensure not to use rslora or rank_pattern/"
+                "alpha_pattern.",
+                stacklevel=4,
+            )
         inert = [n for n in _INERT if getattr(self, n) not in (None, {}, defaults[n])]
         if inert:
             warnings.warn(f"{', '.join(inert)}: without effect here, kept as given", stacklevel=4)
@@ -174,9 +182,9 @@ class LoraConfig:
             raise TypeError(f"layers_to_transform: expected an int or a list of int, got {indices!r}")
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
-                raise ValueError(f"{name}: can not be combined with target_modules given as a str; pass a list")
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and indices is None:
-            raise ValueError("layers_pattern: also needs layers_to_transform, got None")
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     @property
     def is_prompt_learning(self):
@@ -187,13 +195,12 @@ class LoraConfig:
         return False
 
     def to_dict(self):
-        """The fields as plain values, runtime settings left out, fields unknown to this version kept."""
-        values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if f.name != "runtime_config"}
-        return {**copy.deepcopy(self._unknown), **values}
+        """The fields as plain values, runtime settings left out."""
+        return {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if f.name != "runtime_config"}
 
     def to_json(self, **overrides):
-        """The text of ``adapter_config.json``."""
-        values = {**self.to_dict(), **overrides}
+        """The text of ``adapter_config.json``; fields that this version does not know are in it as they came."""
+        values = {**self._unknown, **self.to_dict(), **overrides}
         values = {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
         return json.dumps(values, indent=2, sort_keys=True)
 
@@ -206,32 +213,55 @@ class LoraConfig:
         replace_files(save_directory, {CONFIG_NAME: self.to_json(**overrides).encode()})
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **overrides):
-        """Reads ``adapter_config.json`` from a directory.
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
+        """Reads ``adapter_config.json`` from a directory, or from a repository of the Hub.
+
+        ``kwargs``: ``revision``, ``cache_dir``, ``token`` and the like say where; fields of the config are taken
+        where the file has none.
 
         Raises:
             ValueError: no such file, no JSON object in it, or a ``peft_type`` that is not LORA.
         """
         path = os.path.join(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
         if not os.path.isfile(path):
-            raise ValueError(f"Can't find '{CONFIG_NAME}' at '{os.path.dirname(path)}'")
+            if os.path.isdir(pretrained_model_name_or_path):
+                raise ValueError(f"Can't find '{CONFIG_NAME}' at '{os.path.dirname(path)}'")
+            from .io.source import hub_file
+
+            path = hub_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder, **kwargs)
         values = cls.from_json_file(path)
         if "peft_type" not in values:
             raise ValueError(f"{path}: expected the key 'peft_type', got the keys {sorted(values)[:8]}")
         try:
-            return cls.from_dict({**values, **overrides})
+            known = {field.name for field in fields(cls)} - {"revision"}
+            return cls.from_dict({**{key: value for key, value in kwargs.items() if key in known}, **values})
         except (ValueError, TypeError, NotImplementedError) as error:
             raise type(error)(f"{path}: {error}") from error
 
     @classmethod
+    def from_peft_type(cls, **kwargs):
+        """As :meth:`from_dict`."""
+        return cls.from_dict(kwargs)
+
+    @classmethod
     def from_dict(cls, values):
-        """A config from a dict; keys that are no field warn, and are kept for :meth:`to_dict`."""
+        """A config from a dict; keys that are no field warn, and are kept for :meth:`to_json`.
+
+        Raises:
+            ValueError: a ``peft_type`` that is not LORA.
+        """
+        if values.get("peft_type", PeftType.LORA) != PeftType.LORA:
+            raise ValueError(f"peft_type: expected 'LORA', got {values['peft_type']!r}")
         known = {f.name for f in fields(cls)}
         unknown = {k: v for k, v in values.items() if k not in known}
         config = cls(**{k: v for k, v in values.items() if k in known})
         config._unknown = unknown
         if unknown:
-            warnings.warn(f"adapter config: unknown fields {sorted(unknown)} have no effect", stacklevel=3)
+            warnings.warn(
+                f"Unexpected keyword arguments {sorted(unknown)} for class {cls.__name__}, these are ignored. They "
+                "have no effect, and are saved again as they came.",
+                stacklevel=3,
+            )
         return config
 
     @classmethod

@@ -1,10 +1,14 @@
 """What libraries call on a model that has adapters in it but no ``PeftModel`` around it."""
 
+import copy
+import warnings
+
 import torch
 from torch import nn
 
 from .io.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from .layers import AuxiliaryTrainingWrapper, LoraLayer, TrainableTokensWrapper
+from .targeting import find_targets
 from .tuner import LoraModel
 
 __all__ = [
@@ -37,9 +41,11 @@ def inject_adapter_in_model(peft_config, model, adapter_name="default", low_cpu_
             "not supported -- when using `target_parameters`, please inject the adapter without the state_dict."
         )
     if state_dict is not None:
-        peft_config = type(peft_config).from_dict(peft_config.to_dict())
+        peft_config = copy.deepcopy(peft_config)
         keys = [key.removeprefix("base_model.model.") for key in state_dict if ".lora_" in key]
-        peft_config.target_modules = {key.partition(".lora_")[0].removesuffix(".base_layer") for key in keys}
+        named = {key.partition(".lora_")[0].removesuffix(".base_layer") for key in keys}
+        _warn_of_inconsistency(model, peft_config, named)
+        peft_config.target_modules = named
     before = model.__dict__.get("peft_config")
     if before is None:
         tuner = LoraModel(model, peft_config, adapter_name, autocast_adapter_dtype=False, meta=low_cpu_mem_usage)
@@ -49,6 +55,28 @@ def inject_adapter_in_model(peft_config, model, adapter_name="default", low_cpu_
     tuner.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=False, meta=low_cpu_mem_usage)
     tuner.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return model
+
+
+def _warn_of_inconsistency(model, config, named):
+    """Warns where ``config`` targets other modules than a state dict has tensors for."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wanted = {target.name for target in find_targets(model, config).lora}
+    except ValueError:
+        wanted = set()
+    message = ""
+    for source, names in (("PEFT config", wanted - named), ("state_dict", named - wanted)):
+        if names:
+            message += f" The {source} contained these additional target modules: {sorted(names)}."
+    if message:
+        warnings.warn(
+            "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
+            f"provided state_dict. This is not necessarily an issue and can be ignored if this was the "
+            f"intent.{message}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _parts(model):

@@ -4,6 +4,7 @@ import contextlib
 
 from .config import LoraConfig
 from .layers import LoraLayer
+from .layers.scaling import Scaling
 
 __all__ = ["check_if_peft_model", "disable_input_dtype_casting", "rescale_adapter_scale"]
 
@@ -26,16 +27,18 @@ def rescale_adapter_scale(model, multiplier):
     """
     if not isinstance(multiplier, (float, int)):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
-    before = [(layer.scaling, dict(layer.scaling)) for layer in model.modules() if isinstance(layer, LoraLayer)]
+    before = [(layer, layer.scaling) for layer in model.modules() if isinstance(layer, LoraLayer)]
     if not before:
         raise ValueError("scaling is only supported for models with `LoraLayer`s")
     try:
-        for scaling, values in before:
-            scaling.update({name: value * multiplier for name, value in values.items()})
+        for layer, scaling in before:  # a dict of its own, as in PEFT: who holds the other one sees it unchanged
+            scaled = layer.__dict__["scaling"] = Scaling(layer._buffers, scaling)
+            scaled.update({name: value * multiplier for name, value in scaling.items()})
         yield
     finally:
-        for scaling, values in before:
-            scaling.update(values)
+        for layer, scaling in before:
+            layer.__dict__["scaling"] = scaling
+            scaling.refill(layer._buffers)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ PLAIN_INITS = ("gaussian",)
 
 
 def check_init(init, r, allowed, kind):
-    """ValueError when a layer of this kind can not start so."""
+    """ValueError when a layer of this kind can not start so; with any rank where ``r`` is None."""
     name = init.lower() if isinstance(init, str) else init
     plain = name.partition("_niter_")[0] if isinstance(name, str) else name
     if name is not True and name is not False and plain not in allowed:
@@ -22,7 +22,7 @@ def check_init(init, r, allowed, kind):
         raise ValueError(f"init_lora_weights: expected True, False or '{names}' for a {kind}, got {init!r}")
     if plain == "pissa" and plain != name and not name.rpartition("_")[2].isdigit():
         raise ValueError(f"init_lora_weights: expected 'pissa' or 'pissa_niter_[number of iters]', got {init!r}")
-    if name == "orthogonal" and r % 2:
+    if name == "orthogonal" and r is not None and r % 2:
         raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead.")
 
 

@@ -4,7 +4,7 @@ import warnings
 
 from .layers import LoraLayer, TrainableTokensLayer, TrainableTokensWrapper
 from .layers.atomic import all_or_none
-from .layers.merged import replaced
+from .layers.merged import replaced, warn_of_merged
 from .layers.tied import part, rejoin
 from .tying import warn_of_tied_targets
 from .walk import named_modules
@@ -17,7 +17,9 @@ class ModelMerging:
     """
 
     def merge_adapter(self, adapter_names=None, safe_merge=False, progressbar=False, *, exact=False):
-        """Adds the updates of adapters (default: the active ones that are not merged) to the weights, in place.
+        """Adds the updates of adapters (default: the active ones) to the weights, in place.
+
+        What is merged already stays as it is, with a warning.
 
         Args:
             adapter_names: list of str.
@@ -28,27 +30,26 @@ class ModelMerging:
                 are until then. Never leaves Inf or NaN.
 
         Raises:
-            ValueError: an adapter that is unknown or merged already, one merged in the other way, token rows that two
-                adapters have in common, or, with ``safe_merge``, weights that would not be finite. Nothing was written.
+            ValueError: an adapter that is unknown, one merged in the other way, token rows that two adapters have in
+                common, or, with ``safe_merge``, weights that would not be finite. Nothing was written.
         """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names: expected a list of str, got {adapter_names!r}")
         layers = self._merging()
         merged = {n for layer in layers for n in layer.merged_adapters}
-        names = [n for n in self._active if n not in merged] if adapter_names is None else list(adapter_names)
+        names = list(self._active if adapter_names is None else adapter_names)
         self._known(names)
-        taken = sorted(merged.intersection(self._active if adapter_names is None else names))
-        if taken and not (adapter_names is None and names):
-            raise ValueError(f"adapter_names: {taken} merged already; unmerge first")
-        if any(layer.merged and bool(layer.residuals) != exact for layer in layers if isinstance(layer, LoraLayer)):
+        work = {x: [n for n in names if n in x.adapter_names() and n not in x.merged_adapters] for x in layers}
+        work = {layer: found for layer, found in work.items() if found}
+        if merged:
+            warn_of_merged(sorted(merged), list(dict.fromkeys(n for found in work.values() for n in found)))
+        plain = [layer for layer in layers if work and isinstance(layer, LoraLayer)]
+        if any(layer.merged and bool(layer.residuals) != exact for layer in plain):
             raise ValueError(
                 f"exact: {sorted(merged)} were merged with exact={not exact}; unmerge them before merging {names} "
                 f"with exact={exact}"
             )
-        work = {
-            layer: layer.names_to_merge([n for n in names if n in layer.adapter_names()], exact) for layer in layers
-        }
-        work = {layer: found for layer, found in work.items() if found}
+        work = {layer: layer.names_to_merge(found, exact) for layer, found in work.items()}
         if safe_merge:
             for layer, found in work.items():
                 if not layer.merge_is_finite(found):

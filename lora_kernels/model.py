@@ -7,13 +7,17 @@ import warnings
 from torch import nn
 
 from .config import LoraConfig
+from .hub import HubModel
 from .io.checkpoint import check_tensors, save_adapter
+from .io.conversion import without_initial
 from .io.source import read_adapter
 from .io.state_dict import expected_shapes, get_peft_model_state_dict, set_peft_model_state_dict
 from .layers.base import LoraLayer, check_adapter_name
+from .signature import take_signature
 from .status import get_layer_status, get_model_status
 from .targeting import find_targets
 from .tuner import LoraModel
+from .tuner_facts import base_name, warn_of_changed_base, warn_of_changed_name
 from .walk import into_eval
 
 __all__ = ["LoraModel", "PeftModel", "get_peft_model"]
@@ -32,7 +36,8 @@ def get_peft_model(
 
     Args:
         model: any module.
-        peft_config: a :class:`LoraConfig`; it is copied, not changed.
+        peft_config: a :class:`LoraConfig`. It becomes the one in ``peft_config``, and tells what was found for
+            "all-linear", for a default or for a list of targets.
         adapter_name: the name of the adapter.
         mixed: must be False (other adapter types are not implemented).
         autocast_adapter_dtype: float32 adapters on a half-precision model.
@@ -49,12 +54,16 @@ def get_peft_model(
         raise NotImplementedError("mixed: True (other adapter types) is not implemented in lora_kernels")
     if not isinstance(peft_config, LoraConfig):
         raise TypeError(f"peft_config: expected a LoraConfig, got {type(peft_config).__name__}")
+    if has_adapters(model):
+        warnings.warn(
+            "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
+            f"different config, make sure to call `.unload()` before. An adapter '{adapter_name}' in it starts anew.",
+            stacklevel=2,
+        )
+    warn_of_changed_name(peft_config, model, revision)
     peft_model = _class_for(peft_config)(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
     config = peft_model.peft_config[adapter_name]
-    config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
-    if revision and config.revision not in (None, revision):
-        set_already = f"peft config has already set base model revision to {config.revision}"
-        warnings.warn(f"{set_already}, overwriting with revision {revision}", stacklevel=2)
+    config.base_model_name_or_path = base_name(model)
     config.revision = revision or config.revision
     return peft_model
 
@@ -67,13 +76,18 @@ def _class_for(config):
 
 
 def _check_plain(model):
+    if has_adapters(model):
+        raise ValueError("model: has adapters already; load_adapter() adds another, unload() removes them")
+
+
+def has_adapters(model):
+    """Whether adapters of this package are somewhere in the model. TypeError for what is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if any(isinstance(module, (LoraModel, LoraLayer)) for module in model.modules()):
-        raise ValueError("model: has adapters already; add_adapter() adds another, unload() removes them")
+    return any(isinstance(module, (LoraModel, LoraLayer)) for module in model.modules())
 
 
-class PeftModel(nn.Module):
+class PeftModel(HubModel, nn.Module):
     """A model whose layers carry adapters: ``base_model`` is the :class:`LoraModel`, below it the model.
 
     Attributes and methods that are not here are those of the :class:`LoraModel` (merging, choosing several
@@ -84,10 +98,11 @@ class PeftModel(nn.Module):
         self, model, peft_config, adapter_name="default", autocast_adapter_dtype=True, low_cpu_mem_usage=False
     ):
         super().__init__()
-        _check_plain(model)
         options = {"autocast_adapter_dtype": autocast_adapter_dtype, "meta": low_cpu_mem_usage}
         self.base_model = LoraModel(model, peft_config, adapter_name, **options)
         self.peft_type = peft_config.peft_type
+        if type(self).forward is PeftModel.forward:
+            take_signature(self)
         if getattr(model, "is_gradient_checkpointing", False):
             self.prepare_model_for_gradient_checkpointing(model)
 
@@ -204,14 +219,19 @@ class PeftModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self):
         """In this context the model is the base model; weights are not touched, even when merged."""
-        parts = self.base_model._parts()
-        before = [part.disable_adapters for part in parts]
+        before = {part.disable_adapters for part in self.base_model._parts()}
+        if len(before) > 1:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are disabled. This is most "
+                "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled",
+                stacklevel=3,
+            )
         self.base_model.disable_adapter_layers()
         try:
             yield
         finally:
-            for part, disabled in zip(parts, before, strict=True):
-                part.enable_adapters(not disabled)
+            if False in before:
+                self.base_model.enable_adapter_layers()
 
     # On disk
 
@@ -222,33 +242,48 @@ class PeftModel(nn.Module):
         selected_adapters=None,
         save_embedding_layers="auto",
         is_main_process=True,
+        path_initial_model_for_weight_conversion=None,
+        *,
+        state_dict=None,
     ):
         """Writes ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT reads them.
 
         The adapter "default" goes into ``save_directory``, any other into a folder of its name in it. Files
-        are replaced whole: after an error the old checkpoint is still there.
+        are replaced whole: after an error the old checkpoint is still there. ``README.md`` gets the model card.
+
+        Args:
+            save_directory: a folder; it is made.
+            safe_serialization: False writes ``adapter_model.bin`` (a pickle of tensors) instead.
+            selected_adapters: names; default: all.
+            save_embedding_layers: as for :func:`get_peft_model_state_dict`.
+            is_main_process: False writes nothing.
+            path_initial_model_for_weight_conversion: where a PiSSA or OLoRA adapter was saved before training: what
+                is written is a plain LoRA adapter of twice the rank, for the original base weights.
+            state_dict: take the tensors from here (a gathered state dict).
 
         Raises:
-            ValueError: an unknown adapter, a path that is a file, or ``safe_serialization=False``.
+            ValueError: an unknown adapter, or a path that is a file.
         """
-        if not safe_serialization:
-            raise ValueError("safe_serialization: False (pickle files) is not supported; only safetensors are written")
         if os.path.isfile(save_directory):
-            raise ValueError(f"save_directory: expected a directory, got the file {save_directory}")
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.base_model._known(names)
         model = self.get_base_model()
         for name in names if is_main_process else ():
             config = self.peft_config[name]
-            tensors = get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=save_embedding_layers)
+            tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
+            if path_initial_model_for_weight_conversion is not None:
+                config, tensors = without_initial(config, tensors, path_initial_model_for_weight_conversion)
             overrides = {"inference_mode": True}
             if config.base_model_name_or_path is None:
-                overrides["base_model_name_or_path"] = model.__dict__.get("name_or_path") or None
+                overrides["base_model_name_or_path"] = base_name(model)
             if config.task_type is None:
                 kind = type(model)
                 overrides["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
             directory = save_directory if name == "default" else os.path.join(save_directory, name)
-            save_adapter(directory, config, tensors, **overrides)
+            save_adapter(directory, config, tensors, not safe_serialization, **overrides)
+        if is_main_process:
+            self.create_or_update_model_card(save_directory)
 
     @classmethod
     def from_pretrained(
@@ -290,6 +325,7 @@ class PeftModel(nn.Module):
         """
         _check_plain(model)
         check_adapter_name(adapter_name)
+        given = config
         config, tensors = read_adapter(model, model_id, config, device=torch_device, key_mapping=key_mapping, **source)
         config.inference_mode = not is_trainable
         if not ignore_mismatched_sizes:
@@ -307,6 +343,9 @@ class PeftModel(nn.Module):
             for module, mode in modes:
                 module.training = mode
             raise
+        if given is not None:
+            given.__dict__.update(config.__dict__)
+            peft_model.peft_config[adapter_name] = given
         return peft_model
 
     def load_adapter(
@@ -326,15 +365,23 @@ class PeftModel(nn.Module):
     ):
         """Adds a saved adapter; it is not made active. Arguments as of :meth:`from_pretrained`.
 
+        The weights of an adapter of this name that is there already are replaced.
+
         Returns:
             ``(missing_keys, unexpected_keys)``: nothing is ever missing.
 
         Raises:
-            CheckpointError, ValueError: as :meth:`from_pretrained`, or a name that is taken.
+            CheckpointError, ValueError: as :meth:`from_pretrained`; or the adapter to be replaced is merged.
         """
         check_adapter_name(adapter_name)
         model, options = self.get_base_model(), {"device": torch_device, "key_mapping": key_mapping, **source}
         config, tensors = read_adapter(model, model_id, **options)
+        if adapter_name in self.peft_config:
+            self.base_model.check_not_merged([adapter_name], "load weights into")
+            result = set_peft_model_state_dict(self, tensors, adapter_name, ignore_mismatched_sizes, strict=strict)
+            self.train(self.training and is_trainable)
+            return result
+        warn_of_changed_base([config, *self.peft_config.values()])
         config.inference_mode = not is_trainable
         targets = find_targets(model, config)
         if not ignore_mismatched_sizes:

@@ -24,6 +24,7 @@ from .layers import (
 )
 from .names import has_suffix, model_config, module_names
 from .parameter_targets import ParameterTarget, closest, find_parameters, unused
+from .suffixes import MIN_TARGETS, minimal_suffixes
 from .tying import TokenTarget, resolve_ties, token_targets
 from .walk import submodule
 
@@ -50,6 +51,7 @@ _TYPES_BY_TARGETS = {
     r".*language_model\..*\.(q_proj|v_proj)": ("gemma4",),
 }  # fmt: skip
 DEFAULT_TARGETS = {kind: targets for targets, kinds in _TYPES_BY_TARGETS.items() for kind in kinds}
+ALL_LINEAR = "all-linear"  # of ``target_modules``: every linear layer
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 # Heads that a task trains in full.
 TASK_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
@@ -108,6 +110,7 @@ def find_targets(model, config):
     plan.parameters = find_parameters(model, config, {t.name for t in plan.lora}, pattern_value)
     if not plan.lora and not plan.parameters:
         raise NoMatchingPeftModuleError(_nothing_found(model, config, names, excluded))
+    _condense(config, names)
     plan.lora += _tied_targets(model, config, names, ties, plan.lora)
     _correct_fan_in(config, plan.lora)
     if plan.parameters and config.fan_in_fan_out:
@@ -154,16 +157,25 @@ def _resolve(model, config):
         model_type = model_config(model).get("model_type")
         if model_type not in DEFAULT_TARGETS and not config.target_parameters:
             raise ValueError(
-                f"target_modules: expected module names, got None; no default for model type {model_type!r}"
+                "Please specify `target_modules` or `target_parameters`in `peft_config`: target_modules is None, and "
+                f"there is no default for model type {model_type!r}"
             )
         default = DEFAULT_TARGETS.get(model_type)
         config.target_modules = set(default) if isinstance(default, tuple) else default
-    elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        config.target_modules = _all_linear(model, config)
+    with_all_linear(config, model)
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
             _check_pattern(name, key)
     return config, ties
+
+
+def _condense(config, names):
+    """Hundreds of names of one pattern become a few suffixes, as in PEFT: the config is small, and fast to match."""
+    wanted = config.target_modules
+    if isinstance(wanted, set) and len(wanted) >= MIN_TARGETS:
+        named = {name for name in names if has_suffix(name, wanted)}
+        fewer = minimal_suffixes(wanted, set(names) - named)
+        config.target_modules = fewer if len(fewer) < len(wanted) else wanted
 
 
 def _correct_fan_in(config, targets):
@@ -188,6 +200,13 @@ def _check_pattern(name, pattern):
         raise ValueError(f"{name}: {pattern!r} is no regular expression ({error})") from error
 
 
+def with_all_linear(config, model):
+    """``config``, in which "all-linear" has become the names of those layers of ``model``."""
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+        config.target_modules = _all_linear(model, config)
+    return config
+
+
 def _all_linear(model, config):
     """Every linear layer but the output head, and but the projections that a module uses without calling them."""
     heads = set()
@@ -205,6 +224,11 @@ def _all_linear(model, config):
         if (isinstance(module, (nn.Linear, LoraLinear)) or LoraTransposed.accepts(module))
         and id(module) not in heads | inside_attention
     }
+
+
+def is_target(config, name):
+    """Whether the module ``name`` gets an adapter (``target_modules`` holding names or a regular expression)."""
+    return bool(_matches(config, name))
 
 
 def _matches(config, name):
@@ -296,9 +320,7 @@ def _saved_modules(model, config, tied):
             if any(isinstance(m, LoraLayer) for m in module.modules()):
                 raise ValueError(f"modules_to_save: '{name}' has or holds a LoRA adapter; name it in one of the two")
             if isinstance(module, _CONTAINERS):
-                raise TypeError(
-                    f"modules_to_save cannot be applied to modules of type {type(module)}: '{name}' can not be called"
-                )
+                raise TypeError(f"modules_to_save cannot be applied to modules of type {type(module)}: '{name}'")
             found.append((name, module))
     return sorted(found, key=lambda item: item[0] in tied)
 
@@ -314,6 +336,11 @@ def _closest(wanted, names):
 
 def _nothing_found(model, config, names, excluded):
     wanted = config.target_modules
+    if excluded and excluded == len(names):
+        return (
+            "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` and "
+            "`modules_to_save` configuration."
+        )
     if not wanted:
         message = "No `target_modules` passed but also no `target_parameters` found. Please check the values for "
         message += "these arguments"
@@ -321,16 +348,19 @@ def _nothing_found(model, config, names, excluded):
         return f"{message}; closest names: {', '.join(close)}" if close else f"{message}."
     adaptable = [n for n, m in names.items() if isinstance(m, LoraLayer) or layer_class(m)]
     listed = [wanted] if isinstance(wanted, str) else sorted(wanted)
-    message = f"Target modules {wanted} not found in the base model: target_modules: no module matches {listed}"
+    message = f"target_modules: no module matches {listed}"
     if excluded:
-        # PEFT's own words, which code looks for
-        why = "No modules were targeted for adaptation. This might be caused by a combination of mismatched target "
-        why += "modules and excluded modules"
-        why = "All modules were excluded. This is likely unintended" if excluded == len(names) else why
-        message = f"{why}: {excluded} left out by exclude_modules or modules_to_save. {message}"
+        message = (
+            "No modules were targeted for adaptation. This might be caused by a combination of mismatched target "
+            "modules and excluded modules. Please check your `target_modules` and `exclude_modules` configuration. You "
+            "may also have only targeted modules that are marked to be saved (`modules_to_save`). "
+            f"{message} ({excluded} left out)"
+        )
+    else:
+        message = f"Target modules {wanted} not found in the base model. Please check the target modules: {message}"
     for name in ("layers_to_transform", "layers_pattern"):
         if getattr(config, name) is not None:
-            message += f", {name}={getattr(config, name)!r}"
+            message += f". Note: You specified '{name}': {getattr(config, name)}"
     close = list(dict.fromkeys(c for w in listed for c in _closest(w, adaptable)))
     if close:
         return f"{message}; closest names: {', '.join(close)}"
@@ -353,10 +383,18 @@ def _warn_unused(model, config, names, plan, excluded):
         m for m in config.modules_to_save or () if m not in heads and not any(n.endswith(m) for n in saved)
     ]
     if config.exclude_modules and not excluded:
-        idle["exclude_modules"] = [str(config.exclude_modules)]
+        warnings.warn(
+            f"You have passed exclude_modules={config.exclude_modules} but no modules were excluded. Please check "
+            "that exclude_modules was set correctly.",
+            stacklevel=5,
+        )
     for attribute, values in idle.items():
         if values:
             near = [closest(model, v) if attribute == "target_parameters" else _closest(v, names) for v in values]
             close = list(dict.fromkeys(c for found in near for c in found))
             hint = f"; closest names: {', '.join(close)}" if close else ""
-            warnings.warn(f"{attribute}: {sorted(values)} matched nothing{hint}", RuntimeWarning, stacklevel=5)
+            message = f"{attribute}: {sorted(values)} matched nothing"
+            if attribute.endswith("_pattern"):
+                message = f"The following {attribute} keys did not match any targeted module and were ignored: "
+                message += f"{sorted(values)}"
+            warnings.warn(f"{message}{hint}.", RuntimeWarning, stacklevel=5)

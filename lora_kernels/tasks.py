@@ -6,10 +6,14 @@ what ``transformers.Trainer`` reads to choose the columns of a data set.
 
 import importlib
 import inspect
+import os
 
 from .config import LoraConfig, TaskType
+from .io.source import DOWNLOAD_OPTIONS, hub_file
 from .model import PeftModel
 
+_TOKENIZER = "tokenizer_config.json"
+_ALLOWED = ("diffusers", "lerobot", "megatron-core", "transformers")  # may hold the class of a base model
 _TEXT = ("input_ids", "attention_mask", "inputs_embeds")
 _OUTPUT = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
 _DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
@@ -58,28 +62,85 @@ class AutoPeftModel:
     peft_class = PeftModel
 
     def __init__(self, *args, **kwargs):
-        raise OSError(f"{type(self).__name__}: use {type(self).__name__}.from_pretrained(path)")
+        name = type(self).__name__
+        raise OSError(f"{name} is designed to be instantiated using the `{name}.from_pretrained(path)` method.")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, adapter_name="default", is_trainable=False, **kwargs):
-        """The wrapped model; ``kwargs`` go to the base model's ``from_pretrained``.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        adapter_name="default",
+        is_trainable=False,
+        config=None,
+        revision=None,
+        import_allowlist=None,
+        **kwargs,
+    ):
+        """The wrapped model. ``kwargs`` go to the base model's ``from_pretrained``, those of the Hub also to ours.
+
+        Args:
+            pretrained_model_name_or_path, adapter_name, is_trainable, config: as for ``PeftModel.from_pretrained``.
+            revision: of the adapter; that of the base model is in its config.
+            import_allowlist: packages from which the config may name the class of the base model.
 
         Raises:
-            ValueError: the config names another task, or no base model that can be loaded.
+            ValueError: the config names another task, no class, or one of a package that is not allowed.
         """
-        config = LoraConfig.from_pretrained(pretrained_model_name_or_path)
-        wanted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-        if wanted is not cls.peft_class:
-            raise ValueError(f"Expected target PEFT class: {wanted.__name__}, but you have asked for: {cls.__name__}")
-        name, library = cls.base_class, "transformers"
-        if name is None:
-            mapping = config.auto_mapping or {}
-            name, library = mapping.get("base_model_class"), mapping.get("parent_library", "")
-            if name is None or library.partition(".")[0] != "transformers":
-                raise ValueError(f"auto_mapping: expected a class of transformers, got {config.auto_mapping!r}")
-        base = getattr(importlib.import_module(library), name)
-        model = base.from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
-        return cls.peft_class.from_pretrained(model, pretrained_model_name_or_path, adapter_name, is_trainable)
+        source = {key: kwargs[key] for key in DOWNLOAD_OPTIONS if key in kwargs}
+        source |= {"revision": revision, "subfolder": kwargs.get("subfolder")}
+        saved = LoraConfig.from_pretrained(pretrained_model_name_or_path, **source)
+        base = cls._base_class(saved, _ALLOWED if import_allowlist is None else import_allowlist)
+        model = base.from_pretrained(saved.base_model_name_or_path, revision=saved.revision, **kwargs)
+        _fit_tokens(model, pretrained_model_name_or_path, source)
+        return cls.peft_class.from_pretrained(
+            model, pretrained_model_name_or_path, adapter_name, is_trainable, config, **source
+        )
+
+    @classmethod
+    def _base_class(cls, config, allowed):
+        if config.task_type is not None:
+            if cls.base_class is None:
+                raise ValueError(
+                    "Cannot use `AutoPeftModel` with a task type, please use a specific class for your task type. "
+                    "(e.g. `AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`)"
+                )
+            wanted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type].__name__
+            if wanted != cls.peft_class.__name__:
+                raise ValueError(
+                    f"Expected target PEFT class: {wanted}, but you have asked for: {cls.peft_class.__name__} make "
+                    "sure that you are loading the correct model for your task type."
+                )
+            return getattr(importlib.import_module("transformers"), cls.base_class)
+        mapping = config.auto_mapping or {}
+        if "base_model_class" not in mapping or "parent_library" not in mapping:
+            raise ValueError(
+                "Cannot infer the auto class from the config, please make sure that you are loading the correct model "
+                "for your task type."
+            )
+        library = mapping["parent_library"]
+        if library not in allowed and not library.startswith(tuple(f"{name}." for name in allowed)):
+            raise ValueError(
+                f"The auto mapping wants to import '{library}' which is not in the import allowlist. If you are sure "
+                f"that importing this library is safe, specify `import_allowlist=['{library}']` in `from_pretrained()`."
+            )
+        return getattr(importlib.import_module(library), mapping["base_model_class"])
+
+
+def _fit_tokens(model, name, source):
+    """Resizes the embeddings where the adapter comes with a tokenizer, whose tokens it may have been trained on."""
+    if not hasattr(model, "get_input_embeddings"):
+        return
+    if not os.path.isfile(os.path.join(name, _TOKENIZER)):
+        if os.path.isdir(name):
+            return
+        try:
+            hub_file(name, _TOKENIZER, **source)
+        except ValueError:
+            return
+    options = {"revision": source["revision"], "token": source.get("token")}
+    tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(name, **options)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
 
 
 for _task, (_suffix, _base, _) in _TABLE.items():

@@ -19,20 +19,19 @@ from .layers.tied import Tie, tie_equal
 from .merging import ModelMerging
 from .parameter_targets import check_same, innermost_first
 from .targeting import find_targets
+from .tuner_facts import TunerFacts
 from .tying import names_tied_to_embedding, note_untied
 from .walk import each_module, submodule
 
 _FUSED = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
 
-class LoraModel(ModelMerging, ModelCombining, nn.Module):
+class LoraModel(TunerFacts, ModelMerging, ModelCombining, nn.Module):
     """Wraps, in place, the layers of ``model`` that ``config`` names; ``self.model`` is that model.
 
     Raises:
         ValueError, TypeError: nothing to wrap, a taken or unusable name; the model is then unchanged.
     """
-
-    prefix = "lora_"
 
     def __init__(self, model, config, adapter_name="default", *, autocast_adapter_dtype=True, meta=False):
         super().__init__()
@@ -41,7 +40,26 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
         self._active = [adapter_name]
         self._fused = []
         self._rows = Rows()
-        self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, meta=meta)
+        self.targeted_module_names = []  # of all adapters, in the order they came
+        before = self._parts()
+        targets = self._take_over(before, config, adapter_name) if before else None
+        self.add_adapter(
+            adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, meta=meta, targets=targets
+        )
+        if before:
+            self.set_adapter(adapter_name, config.inference_mode)
+
+    def _take_over(self, parts, config, adapter_name):
+        """Adapters that the model has already stay, but where the new one takes the place of one of its name."""
+        targets = find_targets(self.model, config)
+        self.check_not_merged([adapter_name], "replace")
+        taken = {id(module) for module in [*(t.module for t in targets.lora), *(m for _, m in targets.saved)]}
+        for part in parts:
+            part._rows = self._rows
+            if id(part) in taken and (isinstance(part, AuxiliaryTrainingWrapper) or adapter_name in part.r):
+                part.delete_adapter(adapter_name)
+        self.peft_config = {n: c for n, c in getattr(self.model, "peft_config", {}).items() if n != adapter_name}
+        return targets
 
     @classmethod
     def around(cls, model, peft_config):
@@ -50,6 +68,7 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
         nn.Module.__init__(tuner)
         tuner.model, tuner.peft_config, tuner._fused = model, peft_config, []
         parts = tuner._parts()
+        tuner.targeted_module_names = [n for n, m in model.named_modules() if isinstance(m, LoraLayer)]
         layer = next((part for part in parts if isinstance(part, LoraLayer)), parts[0])
         tuner._active, tuner._rows = layer.active_adapters, layer._rows
         return tuner
@@ -113,15 +132,21 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
         if adapter_name in self.peft_config:
             taken = f"the name is taken; adapters: {list(self.peft_config)}"
             raise ValueError(f"Adapter with name '{adapter_name}' already exists: {taken}")
-        if config.bias != "none" and self.peft_config:
+        if config.bias not in ("none", "all", "lora_only"):
+            raise NotImplementedError(f"Requested bias: {config.bias}, is not implemented.")
+        if config.bias != "none" and any(other.bias != "none" for other in self.peft_config.values()):
             raise ValueError(
-                f"bias: expected 'none' for a further adapter (base biases are shared), got {config.bias!r}"
+                "LoraModel supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' for all "
+                f"adapters, got {config.bias!r} (base biases are shared)"
             )
         check_same(self.peft_config, config)
         targets = find_targets(self.model, config) if targets is None else targets
         self._inject(adapter_name, targets, autocast_adapter_dtype, meta)
         first = not self.peft_config
-        self.peft_config[adapter_name] = targets.config
+        config.__dict__.update(targets.config.__dict__)  # the caller's config tells what was found, as in PEFT
+        self.peft_config[adapter_name] = config
+        names = [target.name for target in targets.lora]
+        self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *names]))
         if first:
             self._freeze_base(targets.config.bias)
         beside = [wrapper for _, wrapper in targets.saved] + [target.module for target in targets.tokens]
@@ -236,8 +261,7 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
     def delete_adapter(self, adapter_name):
         """Removes an adapter. ValueError when it is unknown or merged."""
         self._known([adapter_name], "does not exist")
-        if any(adapter_name in layer.merged_adapters for layer in self._merging()):
-            raise ValueError(f"adapter_name: '{adapter_name}' is merged; unmerge it before deleting it")
+        self.check_not_merged([adapter_name], "delete")
         for part in self._parts():
             if isinstance(part, AuxiliaryTrainingWrapper) or adapter_name in part.r:
                 part.delete_adapter(adapter_name)
@@ -248,6 +272,12 @@ class LoraModel(ModelMerging, ModelCombining, nn.Module):
             warnings.warn(f"'{adapter_name}' was active and is deleted; '{active[0]}' is active now", stacklevel=3)
         if adapter_name in self._active:
             self._activate(active)
+
+    def check_not_merged(self, names, action):
+        """ValueError when one of the adapters is in the weights."""
+        merged = sorted({name for layer in self._merging() for name in layer.merged_adapters} & set(names))
+        if merged:
+            raise ValueError(f"Cannot {action} adapter(s) {merged} while they are merged. Please unmerge them first.")
 
     def _known(self, names, problem="not found"):
         unknown = [n for n in names if n not in self.peft_config]

@@ -3,6 +3,7 @@
 What is read is not trusted: no pickle is executed, and tensors are checked before a model sees them.
 """
 
+import contextlib
 import math
 import os
 
@@ -21,19 +22,24 @@ class CheckpointError(ValueError):
     """A checkpoint that can not be read, or does not fit the model; nothing was changed."""
 
 
-def save_adapter(directory, config, tensors, **config_overrides):
-    """Writes both files, or, after any error, neither. ``tensors``: key -> tensor."""
+def save_adapter(directory, config, tensors, pickled=False, **config_overrides):
+    """Writes both files, or, after any error, neither. ``tensors``: key -> tensor.
+
+    ``pickled``: into ``adapter_model.bin``, as old tools read it. Safetensors there would be read first: they go.
+    """
     seen, whole = set(), {}
     for key, tensor in tensors.items():
         tensor = tensor.detach()
         shared = tensor.untyped_storage().data_ptr() in seen
         seen.add(tensor.untyped_storage().data_ptr())
         whole[key] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
-    contents = {
-        WEIGHTS_NAME: lambda path: save_file(whole, path, metadata={"format": "pt"}),
-        CONFIG_NAME: config.to_json(**config_overrides).encode(),
-    }
-    replace_files(directory, contents)
+    weights = {WEIGHTS_NAME: lambda path: save_file(whole, path, metadata={"format": "pt"})}
+    if pickled:
+        weights = {PICKLE_NAME: lambda path: torch.save(whole, path)}
+    replace_files(directory, {**weights, CONFIG_NAME: config.to_json(**config_overrides).encode()})
+    if pickled:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(directory, WEIGHTS_NAME))
 
 
 def load_tensors(directory, device="cpu"):

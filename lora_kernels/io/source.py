@@ -1,8 +1,10 @@
-"""Where an adapter comes from: a folder, a file of another tool's layout, or a repository in the local Hub cache.
+"""Where an adapter comes from: a folder, a file of another tool's layout, or a repository of the Hub.
 
 ``read_adapter`` gives its config and its tensors under PEFT's keys; no model is changed.
 """
 
+import contextlib
+import copy
 import os
 import re
 
@@ -13,6 +15,7 @@ from .layouts import is_foreign, to_peft
 PREFIX = "base_model.model."
 # Arguments of PEFT that say where to look on the Hub, and how to place a model on several devices.
 _HUB = ("revision", "token", "use_auth_token", "cache_dir", "force_download", "proxies", "local_files_only")
+DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 _PLACING = ("max_memory", "device_map", "offload_folder", "offload_dir", "offload_buffers", "offload_index")
 
 
@@ -21,8 +24,7 @@ def read_adapter(model, model_id, config=None, *, device="cpu", key_mapping=None
 
     Args:
         model: the model it is for (names of another layout are mapped to its modules); not changed.
-        model_id: a folder, a ``.safetensors`` or ``.bin`` file, or the name of a repository whose files are in the
-            local cache of the Hub.
+        model_id: a folder, a ``.safetensors`` or ``.bin`` file, or the name of a repository of the Hub.
         config: a :class:`LoraConfig` to use instead of the one in the folder.
         device: where the tensors go.
         key_mapping: regular expression -> replacement, the first that matches a key (without PEFT's prefix).
@@ -41,7 +43,7 @@ def read_adapter(model, model_id, config=None, *, device="cpu", key_mapping=None
     if os.path.isfile(model_id):
         tensors, folder = load_file_of_tensors(model_id, device), None
     else:
-        folder = path if os.path.isdir(model_id) else _cached(model_id, subfolder, hub)
+        folder = path if os.path.isdir(model_id) else _hub_folder(model_id, subfolder, hub)
         tensors = None if _has_config(folder) or config is not None else _only_file(folder, device)
     if tensors is None:
         config = LoraConfig.from_pretrained(folder) if config is None else config
@@ -50,7 +52,7 @@ def read_adapter(model, model_id, config=None, *, device="cpu", key_mapping=None
         return to_peft(model, tensors, config)
     if config is None:
         raise ValueError(f"Can't find '{CONFIG_NAME}' at '{folder or os.path.dirname(model_id)}'")
-    return LoraConfig.from_dict(config.to_dict()), _renamed(tensors, key_mapping)
+    return copy.deepcopy(config), _renamed(tensors, key_mapping)
 
 
 def _has_config(folder):
@@ -82,28 +84,32 @@ def _renamed(tensors, key_mapping):
     return renamed
 
 
-def _cached(name, subfolder, hub):
-    """The folder of a repository in the local cache of the Hub."""
-    wanted = f"'{CONFIG_NAME}' at '{name}'"
+def hub_file(name, file, subfolder=None, **hub):
+    """A file of a repository on the Hub, or in its local cache (alone, where ``HF_HUB_OFFLINE`` says so): its path.
+
+    Raises:
+        ValueError: no such file, or nothing to look it up with.
+    """
+    wanted = f"'{file}' at '{name}'"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", os.fspath(name)):
         raise ValueError(f"Can't find {wanted}: no such folder")
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise ValueError(f"Can't find {wanted}: no such folder, and no huggingface_hub to look it up with") from error
-    options = {key: hub[key] for key in ("revision", "cache_dir") if hub.get(key) is not None}
-    options.update(subfolder=subfolder or None, local_files_only=True)
+    options = {key: value for key, value in hub.items() if key in DOWNLOAD_OPTIONS and value is not None}
     try:
-        config = hf_hub_download(name, CONFIG_NAME, **options)
+        return hf_hub_download(name, file, subfolder=subfolder or None, **options)
     except Exception as error:
-        raise ValueError(
-            f"Can't find {wanted}: no such folder, and not in the local cache of the Hub, from which alone is loaded "
-            f"(`hf download {name}` fills it)"
-        ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"Can't find {wanted}: no such folder, and not on the Hub ({reason})") from error
+
+
+def _hub_folder(name, subfolder, hub):
+    """The folder of a repository of the Hub, once its files are in the local cache."""
+    config = hub_file(name, CONFIG_NAME, subfolder, **hub)
     for weights in (WEIGHTS_NAME, PICKLE_NAME):
-        try:
-            hf_hub_download(name, weights, **options)
+        with contextlib.suppress(ValueError):  # the other of the two may be there
+            hub_file(name, weights, subfolder, **hub)
             return os.path.dirname(config)
-        except Exception:  # the other of the two may be there
-            continue
-    raise CheckpointError(f"'{name}': its config is in the local cache of the Hub, its weights are not")
+    raise CheckpointError(f"'{name}': has a config, and neither '{WEIGHTS_NAME}' nor '{PICKLE_NAME}'")

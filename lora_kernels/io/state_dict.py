@@ -15,6 +15,7 @@ from ..walk import named_modules, submodule
 from .checkpoint import CheckpointError, check_tensors
 
 PREFIX = "base_model.model."
+_FSDP = "_fsdp_wrapped_module."  # in the paths of modules, and not in the keys of a state dict
 LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])
 DELTA = "token_adapter.trainable_tokens_delta"
 
@@ -39,6 +40,8 @@ def get_peft_model_state_dict(
     required, optional = adapter_keys(model, adapter_name)
     embeddings = _embedding_keys(model, adapter_name, save_embedding_layers)
     keys = {**required, **optional, **embeddings}
+    if state_dict is None and any(_FSDP in name for name, _ in model.named_modules()):
+        state_dict = model.state_dict()  # gathered from all ranks, as the wrapper is told to
     if state_dict is None:
         return {key: _tensor(model, source).detach() for key, source in keys.items()}
     return {key: state_dict[source] for key, source in keys.items()}
@@ -96,6 +99,7 @@ def adapter_keys(model, adapter_name):
     bias = configs[adapter_name].bias
     copies = ()
     for path, module in named_modules(model):
+        path = f"{path}.".replace(_FSDP, "")[:-1]
         if isinstance(module, LoraLayer) and adapter_name in module.r:
             keys = module.adapter_keys(adapter_name)
             required.update({f"{path}.{key}": f"{path}.{own}" for key, (own, _) in keys.items()})
@@ -141,7 +145,9 @@ def _embedding_keys(model, adapter_name, wanted, warn=True):
     if wanted == "auto":
         wanted = targeted and config.trainable_token_indices is None
         if wanted and warn:
-            warnings.warn("embeddings are targeted: their base weights are saved too", stacklevel=3)
+            warnings.warn(
+                "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=3
+            )
         elif not wanted and _vocabulary_changed(model, config):
             warnings.warn("the vocabulary was resized: the base weights of the embeddings are saved too", stacklevel=3)
             wanted = True

@@ -28,7 +28,7 @@ class LoraAttention(LoraLayer):
     def __init__(self, base_layer):
         super().__init__(base_layer)
         if not base_layer._qkv_same_embed_dim:
-            raise ValueError("base_layer: only the same embedding size for query, key and value is supported")
+            raise ValueError("Only same embed for query/key/value is supported as of now for MultiheadAttention.")
         self.in_features, self.out_features = base_layer.embed_dim, 3 * base_layer.embed_dim
         base_layer.out_proj = LoraLinear(base_layer.out_proj)
 
@@ -40,6 +40,11 @@ class LoraAttention(LoraLayer):
                 raise
             return getattr(self.base_layer, name)  # embed_dim, batch_first, in_proj_bias, …: others read them
 
+    @property
+    def out_proj(self):
+        """The base projection, as it was before."""
+        return self.base_layer.out_proj.get_base_layer()
+
     def unwrap(self):
         base = super().unwrap()
         base.out_proj = getattr(base.out_proj, "base_layer", base.out_proj)
@@ -48,9 +53,10 @@ class LoraAttention(LoraLayer):
     # Adapters of both weights come and go together
 
     def _check_options(self, init, r, *, lora_dropout, use_dora, lora_bias):
-        for name, value in (("use_dora", use_dora), ("lora_bias", lora_bias)):
-            if value:
-                raise ValueError(f"{name}: True is not supported for nn.MultiheadAttention")
+        if use_dora:
+            raise ValueError("MultiheadAttention does not support DoRA (yet), please set use_dora to False")
+        if lora_bias:
+            raise ValueError("MultiheadAttention does not support lora_bias (yet), please set lora_bias to False")
         super()._check_options(init, r, lora_dropout=lora_dropout, use_dora=False, lora_bias=False)
 
     def update_layer(self, adapter_name, r, lora_alpha, **options):

@@ -25,7 +25,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
     @property
     def active_adapters(self):
-        return list(self._active_adapter)
+        return [name for name in self._active_adapter if name in self.adapter_names()]
 
     @property
     def disable_adapters(self):

@@ -14,6 +14,7 @@ from torch import nn
 
 from .. import bare
 from ..config import check_alpha, check_dropout, check_rank
+from ..errors import PeftWarning
 from ..initial import DENSE_INITS, check_init, initialise, reset
 from . import dora
 from .merged import MergedWeight
@@ -118,7 +119,8 @@ class LoraLayer(MergedWeight, nn.Module):
 
     @property
     def active_adapters(self):
-        return list(self._active_adapter)
+        active = self._active_adapter
+        return [active] if isinstance(active, str) else list(active)
 
     @property
     def disable_adapters(self):
@@ -127,6 +129,9 @@ class LoraLayer(MergedWeight, nn.Module):
     def adapter_names(self):
         """All adapters of this layer, in the order they came."""
         return list(self.r)
+
+    def _all_available_adapter_names(self):
+        return sorted(self.r)
 
     def adapter_keys(self, adapter_name):
         """Of an adapter: key in a checkpoint -> (key in this layer, shape)."""
@@ -208,6 +213,7 @@ class LoraLayer(MergedWeight, nn.Module):
             warnings.warn(
                 f"`lora_bias=True` was passed but the targeted layer of type {type(self.base_layer).__name__} "
                 "has no bias. This means that merging LoRA weights won't be possible.",
+                PeftWarning,
                 stacklevel=3,
             )
 

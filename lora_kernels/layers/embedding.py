@@ -26,7 +26,7 @@ class LoraEmbedding(LoraLayer):
 
     def _check_options(self, init, r, *, lora_dropout, use_dora, lora_bias):
         if lora_bias:
-            raise ValueError("lora_bias: True is not supported for nn.Embedding")
+            raise ValueError("lora_bias=True is not supported for Embedding.")
         super()._check_options(bool(init), r, lora_dropout=lora_dropout, use_dora=use_dora, lora_bias=False)
 
     def _make_adapter(self, name, r, device, dtype, bias):

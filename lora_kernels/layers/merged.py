@@ -31,13 +31,15 @@ class MergedWeight:
     def merge(self, safe_merge=False, adapter_names=None, *, exact=False):
         """Adds the updates of ``adapter_names`` (default: the active ones) to the base weight, in place.
 
+        What is merged already stays as it is, with a warning.
+
         Args:
             safe_merge: refuse a result that would not be finite (an exact merge always does).
             exact: so that :meth:`unmerge` restores every bit (docs/residual_format.md); one pass for each adapter.
 
         Raises:
-            ValueError: an adapter that is unknown or merged already, one merged in the other way, or a merged weight
-                that would not be finite. The weight is then unchanged.
+            ValueError: an adapter that is unknown, one merged in the other way, or a merged weight that would not be
+                finite. The weight is then unchanged.
         """
         names = self.names_to_merge(adapter_names, exact)
         if not names:
@@ -140,9 +142,11 @@ class MergedWeight:
         names = [n for n in self._active_adapter if n in self.r] if adapter_names is None else list(adapter_names)
         for name in names:
             self._known(name)
-        merged = [name for name in names if name in self._merged]
-        if merged:
-            raise ValueError(f"adapter_names: {merged} merged already; unmerge first")
+        if self._merged:
+            new = [name for name in names if name not in self._merged]
+            if len(new) < len(names) or adapter_names is None:
+                warn_of_merged(list(self._merged), new)
+            names = new
         if names and self._merged and bool(self._residuals) != exact:
             raise ValueError(
                 f"exact: {list(self._merged)} were merged with exact={not exact}; unmerge them before merging {names} "
@@ -283,6 +287,13 @@ class MergedWeight:
         """Factors in a dtype that the ops take: the one of the weight, or float32."""
         dtype = self.weight.dtype
         return tuple(f if f.dtype in (dtype, torch.float32) else f.float() for f in factors)
+
+
+def warn_of_merged(merged, new):
+    """As PEFT warns before merging the adapters ``new`` where ``merged`` are in the weights."""
+    message = f"Already following adapters were merged {','.join(merged)}. "
+    message += f"You are now additionally merging {','.join(new)}."
+    warnings.warn(message if new else "All adapters are already merged, nothing to do.", stacklevel=4)
 
 
 def replaced(names, olds, new):

@@ -6,8 +6,9 @@ from ..io.checkpoint import PICKLE_NAME as WEIGHTS_NAME
 from ..io.checkpoint import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from ..layers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from ..targeting import DEFAULT_TARGETS as TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from . import hotswap
-from .other import cast_mixed_precision_params, infer_device, prepare_model_for_kbit_training
+from . import constants, hotswap
+from .constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from .other import _get_submodules, cast_mixed_precision_params, infer_device, prepare_model_for_kbit_training
 from .save_and_load import (
     get_base_model_state_dict,
     get_peft_model_state_dict,
@@ -18,6 +19,7 @@ from .save_and_load import (
 
 __all__ = [
     "CONFIG_NAME",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
     "SAFETENSORS_WEIGHTS_NAME",
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     "WEIGHTS_NAME",
@@ -29,7 +31,9 @@ __all__ = [
     "PeftWarning",
     "TaskType",
     "TrainableTokensWrapper",
+    "_get_submodules",
     "cast_mixed_precision_params",
+    "constants",
     "get_base_model_state_dict",
     "get_peft_model_state_dict",
     "hotswap",

@@ -1,6 +1,7 @@
 """New weights for an adapter that is there, under the same name: parameters stay, so compiled code stays valid."""
 
 import math
+import warnings
 
 import torch
 
@@ -54,15 +55,17 @@ def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config, par
         if parameter_prefix in key and f".{adapter_name}" in key and key.startswith(tuple(mine))
     }
     unexpected = [key for key in state_dict if key not in places]
+    unexpected = [_with_name(key, adapter_name) for key in unexpected]
     if unexpected:
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
     for key, tensor in state_dict.items():
         place = places[key]
         if tensor.dim() != place.dim() or not tensor.isfinite().all():
             raise CheckpointError(f"{key}: expected finite values of shape {tuple(place.shape)}")
+    groups = {f"{path}.lora_A.{adapter_name}.weight": _groups(layer) for path, layer in layers.items()}
     with torch.no_grad():
         for key, place in places.items():
-            _swap(place, state_dict.get(key))
+            _swap(place, state_dict.get(key), groups.get(key, 1))
     for path, layer in layers.items():
         r, alpha = (
             pattern_value(config.rank_pattern, path, config.r),
@@ -71,14 +74,33 @@ def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config, par
         layer.scaling[adapter_name] = alpha / (math.sqrt(r) if config.use_rslora else r)
 
 
-def _swap(place, tensor):
+def _with_name(key, adapter_name):
+    """The key as it is in a model, where it came from a checkpoint."""
+    module, _, ending = key.rpartition(".")
+    known = module.endswith((".lora_A", ".lora_B", ".lora_magnitude_vector"))
+    return f"{module}.{adapter_name}.{ending}" if known else key
+
+
+def _groups(layer):
+    return getattr(layer.get_base_layer(), "groups", 1)
+
+
+def _swap(place, tensor, groups):
+    """``groups``: blocks of rows, one of each group of a convolution; a smaller rank fills the start of each block."""
     if tensor is None:
         place.zero_()
     elif any(new > old for new, old in zip(tensor.shape, place.shape, strict=True)):
         place.data = tensor.to(device=place.device, dtype=place.dtype)
     else:
+        place, tensor = place.unflatten(0, (groups, -1)), tensor.unflatten(0, (groups, -1))
         place.zero_()
         place[tuple(slice(size) for size in tensor.shape)] = tensor.to(place)
+
+
+def _padded(tensor, size):
+    """Zeros up to ``size`` in the second dimension."""
+    missing = size - tensor.shape[1]
+    return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], 1)
 
 
 def prepare_model_for_compiled_hotswap(model, *, target_rank=None, config=None, check_compiled="error"):
@@ -93,8 +115,15 @@ def prepare_model_for_compiled_hotswap(model, *, target_rank=None, config=None, 
         raise ValueError(
             f"check_compiles should be one of 'error', 'warn', or 'ignore', got '{check_compiled}' instead."
         )
-    if hasattr(model, "_orig_mod") and check_compiled == "error":
-        raise ValueError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None):
+        if check_compiled == "error":
+            raise ValueError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
+        if check_compiled == "warn":
+            warnings.warn(
+                "prepare_model_for_compiled_hotswap was called with a model that is already compiled. This will likely "
+                "result in re-compilation, hurting performance. Call the function before compiling the model.",
+                stacklevel=2,
+            )
     layers = [m for m in getattr(model, "_orig_mod", model).modules() if isinstance(m, LoraLayer)]
     if not layers:
         raise ValueError(
@@ -105,14 +134,23 @@ def prepare_model_for_compiled_hotswap(model, *, target_rank=None, config=None, 
         return
     wide = [r for layer in layers for r in layer.r.values() if r > target_rank]
     if wide:
-        raise ValueError(f"target_rank: expected at least the rank {max(wide)} of an adapter that is there")
+        raise ValueError(
+            f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger ({max(wide)})"
+        )
+    for layer in layers:
+        if target_rank % _groups(layer):
+            raise ValueError(
+                f"Trying to pad a Conv2d LoRA adapter with groups={_groups(layer)} to target rank {target_rank}, but "
+                f"the target rank is not divisible by {_groups(layer)}. Please choose a target rank that is divisible "
+                f"by {_groups(layer)}."
+            )
     for layer in layers:
         for name in layer.r:
             if name in layer.lora_A:
-                pad = layer.lora_A[name].weight, layer.lora_B[name].weight
-                a, b = (p.data for p in pad)
-                pad[0].data = torch.cat([a, a.new_zeros(target_rank - a.shape[0], *a.shape[1:])])
-                pad[1].data = torch.cat([b, b.new_zeros(b.shape[0], target_rank - b.shape[1], *b.shape[2:])], 1)
+                a, b, groups = layer.lora_A[name].weight, layer.lora_B[name].weight, _groups(layer)
+                blocks = a.data.unflatten(0, (groups, -1))
+                a.data = _padded(blocks, target_rank // groups).flatten(0, 1)
+                b.data = _padded(b.data, target_rank // groups)
     for one in (config.values() if isinstance(config, dict) else [config]) if config is not None else ():
         one.r = target_rank
         one.rank_pattern = dict.fromkeys(one.rank_pattern, target_rank)

@@ -4,6 +4,9 @@ import collections
 
 import torch
 
+from ..config import CONFIG_NAME
+from ..io.checkpoint import PICKLE_NAME as WEIGHTS_NAME
+from ..io.checkpoint import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from ..layers import (
     AuxiliaryTrainingWrapper,
     LoraLayer,
@@ -14,9 +17,13 @@ from ..layers import (
 from ..tying import names_tied_to_embedding
 
 __all__ = [
+    "CONFIG_NAME",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "WEIGHTS_NAME",
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
     "TrainableTokensWrapper",
+    "_get_submodules",
     "cast_mixed_precision_params",
     "get_base_model_state_dict",
     "infer_device",
@@ -30,6 +37,12 @@ def _get_module_names_tied_with_embedding(model):
     return names_tied_to_embedding(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
 
+def _get_submodules(model, key):
+    """``parent, module, name``: of the module at the path ``key``."""
+    path, _, name = key.rpartition(".")
+    return model.get_submodule(path), model.get_submodule(key), name
+
+
 def infer_device():
     """The kind of accelerator of this machine, or "cpu"."""
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -41,12 +54,19 @@ def cast_mixed_precision_params(model, dtype):
         parameter.data = parameter.to(torch.float32 if parameter.requires_grad else dtype)
 
 
-def prepare_model_for_kbit_training(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
-    """Freezes a quantised model, keeps what is not quantised in float32 and turns on gradient checkpointing."""
+def prepare_model_for_kbit_training(
+    model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None, auto_clear_cache=True
+):
+    """Freezes a quantised model, keeps what is not quantised in float32 and turns on gradient checkpointing.
+
+    ``auto_clear_cache``: give back the accelerator memory that the casts left.
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
             parameter.data = parameter.data.float()
+    if auto_clear_cache and torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if use_gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
@@ -91,6 +111,8 @@ def set_base_model_state_dict(model, state_dict, strict=True):
     missing = [key for key in keys if key not in state_dict]
     unexpected = [key for key in state_dict if key not in keys]
     if strict and (missing or unexpected):
-        raise RuntimeError(f"Error(s) in loading state_dict: missing {missing}, unexpected {unexpected}")
+        parts = (("Missing", missing), ("Unexpected", unexpected))
+        found = [f"{kind} key(s) in state_dict: {', '.join(map(repr, keys))}." for kind, keys in parts if keys]
+        raise RuntimeError(f"Error(s) in loading state_dict for {type(base).__name__}: {' '.join(found)}")
     base.load_state_dict({keys[key]: value for key, value in state_dict.items() if key in keys}, strict=False)
     return collections.namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])(missing, unexpected)

@@ -170,7 +170,6 @@ def test_what_was_changed_meanwhile_is_an_error_that_changes_nothing(spoil, mess
     [
         (lambda m: (m.merge(adapter_names=["a"]), m.merge(adapter_names=["b"], exact=True)), "merged with exact=False"),
         (lambda m: (m.merge(adapter_names=["a"], exact=True), m.merge(adapter_names=["b"])), "merged with exact=True"),
-        (lambda m: (m.merge(exact=True), m.merge(exact=True)), "merged already"),
         (lambda m: (m.merge(adapter_names=["a"], exact=True), m.unmerge(["b"])), "not merged"),
         (lambda m: (m.merge(adapter_names=["a"], exact=True), m.switch("b", "c")), "not merged"),
         (lambda m: (m.merge(adapter_names=["a", "b"], exact=True), m.switch("a", "b")), "merged already"),

@@ -121,8 +121,7 @@ def test_plain_switch_of_one_of_two():
         (lambda m: m.unmerge_adapter(["b"]), r"\['b'\] not merged"),
         (lambda m: m.unmerge_adapter(["x"]), "no adapter"),
         (lambda m: m.merge_adapter(["b"]), "merged with exact=True"),
-        (lambda m: m.merge_adapter(["a"], exact=True), "merged already"),
-        (lambda m: m.delete_adapter("a"), "is merged"),
+        (lambda m: m.delete_adapter("a"), "while they are merged"),
     ],
 )
 def test_refused_by_name(call, message):
@@ -274,6 +273,7 @@ def test_a_hundred_random_operations_over_an_encoder():
     before = weights(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="Already following adapters were merged")
         counts = random_walk(model, 100, seed=5)
     assert min(counts.values()) > 10
     assert all_same(weights(model), before)

@@ -264,7 +264,7 @@ def test_base_state_dict_round_trip():
     other = {key: value + 1 for key, value in state.items()}
     assert lk.set_base_model_state_dict(model, other) == ([], [])
     assert torch.equal(model.get_base_model().layers[0].q_proj.base_layer.weight, other["layers.0.q_proj.weight"])
-    with pytest.raises(RuntimeError, match="unexpected"):
+    with pytest.raises(RuntimeError, match="Unexpected"):
         lk.set_base_model_state_dict(model, {**other, "x": torch.zeros(1)})
 
 

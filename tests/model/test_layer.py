@@ -382,7 +382,6 @@ def test_autocast(autocast):
         (lambda m: m.delete_adapter("b"), ValueError, "no adapter 'b'"),
         (lambda m: m.merge(adapter_names=["b"]), ValueError, "no adapter 'b'"),
         (lambda m: m.merge(adapter_names="default"), TypeError, "adapter_names"),
-        (lambda m: (m.merge(), m.merge()), ValueError, "merged already"),
         (lambda m: (m.merge(), m.delete_adapter("default")), ValueError, "merged"),
         (lambda m: m.switch("default"), ValueError, "merge"),
         (lambda m: m.set_scale("b", 1), ValueError, "no adapter 'b'"),

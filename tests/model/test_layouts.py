@@ -287,14 +287,14 @@ def test_a_repository_in_the_local_cache(tmp_path, subfolder):
     names = ("adapter_config.json", "adapter_model.safetensors")
     files = {os.path.join(subfolder or "", name): tmp_path / "made" / name for name in names}
     hub_cache(tmp_path / "cache", "someone/adapter", files)
-    where = {"cache_dir": tmp_path / "cache", "subfolder": subfolder, "token": None}
+    where = {"cache_dir": tmp_path / "cache", "subfolder": subfolder, "local_files_only": True}
     loaded = lk.PeftModel.from_pretrained(tiny(), "someone/adapter", revision="main", **where)
     assert torch.equal(loaded(token_ids()), ours(token_ids()))
     loaded.load_adapter("someone/adapter", "b", **where)
-    with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json' at 'someone/other'.*local cache"):
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json' at 'someone/other'.*not on the Hub"):
         lk.PeftModel.from_pretrained(tiny(), "someone/other", **where)
     hub_cache(tmp_path / "cache", "someone/half", {k: v for k, v in files.items() if k.endswith("json")})
-    with pytest.raises(CheckpointError, match="its weights are not"):
+    with pytest.raises(CheckpointError, match=r"neither .* nor"):
         lk.PeftModel.from_pretrained(tiny(), "someone/half", **where)
 
 

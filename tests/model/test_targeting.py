@@ -149,10 +149,8 @@ def test_other_model_types_are_refused():
         get_peft_model(Tiny(), {"r": 3})
     with pytest.raises(TypeError, match="model"):
         get_peft_model("model", LoraConfig(target_modules=["q_proj"]))
-    wrapped = get_peft_model(Tiny(), LoraConfig(target_modules=["q_proj"]))
-    for again in (wrapped, wrapped.base_model, wrapped.get_base_model()):
-        with pytest.raises(ValueError, match="adapters already"):
-            get_peft_model(again, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(NotImplementedError, match="mixed"):
+        get_peft_model(Tiny(), LoraConfig(target_modules=["q_proj"]), mixed=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,26 @@
+"""Names that users of PEFT import from ``peft.utils.constants``."""
+
+from ..config import CONFIG_NAME
+from ..io.checkpoint import PICKLE_NAME as WEIGHTS_NAME
+from ..io.checkpoint import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
+from ..names import EMBEDDING_NAMES as _EMBEDDING_NAMES
+from ..suffixes import MIN_TARGETS as MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from ..targeting import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
+from ..targeting import DEFAULT_TARGETS as TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from ..targeting import TASK_HEADS
+from ..tuner_facts import DUMMY_MODEL_CONFIG
+
+EMBEDDING_LAYER_NAMES = list(_EMBEDDING_NAMES)
+SEQ_CLS_HEAD_NAMES = list(reversed(TASK_HEADS["SEQ_CLS"]))
+
+__all__ = [
+    "CONFIG_NAME",
+    "DUMMY_MODEL_CONFIG",
+    "EMBEDDING_LAYER_NAMES",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+    "MIN_TARGET_MODULES_FOR_OPTIMIZATION",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "SEQ_CLS_HEAD_NAMES",
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    "WEIGHTS_NAME",
+]

@@ -1,0 +1,5 @@
+"""Names that users of PEFT import from ``peft.utils.error``."""
+
+from ..errors import NoMatchingPeftModuleError, PeftError
+
+__all__ = ["NoMatchingPeftModuleError", "PeftError"]

@@ -1,0 +1,122 @@
+"""Rows of DIFFERENCES.md about calls: what ``peft`` does and what we do."""
+
+import importlib
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import lora_kernels as lk
+
+from .models import randomize, tiny, token_ids
+
+peft = pytest.importorskip("peft")
+
+
+def wrapped(package, model=None, **config):
+    config = {"target_modules": ["q_proj", "v_proj"], "r": 4, **config}
+    return randomize(package.get_peft_model(tiny() if model is None else model, package.LoraConfig(**config)).eval())
+
+
+def hotswap(package):
+    return importlib.import_module(f"{package.__name__}.utils.hotswap")
+
+
+def test_a_list_of_adapters_on_the_wrapped_model():
+    models = [wrapped(package) for package in (peft, lk)]
+    for package, model in zip((peft, lk), models, strict=True):
+        model.add_adapter("b", package.LoraConfig(target_modules=["q_proj"], r=2))
+        randomize(model)
+    with pytest.raises(TypeError):
+        models[0].set_adapter(["default", "b"])
+    models[0].base_model.set_adapter(["default", "b"])
+    models[1].set_adapter(["default", "b"])
+    torch.testing.assert_close(models[1](token_ids()), models[0](token_ids()), rtol=1e-4, atol=1e-5)
+
+
+def test_loading_onto_a_wrapped_model_is_refused(tmp_path):
+    for package in (peft, lk):
+        model, wrapper = tiny(), wrapped(package)
+        wrapper.save_pretrained(tmp_path / package.__name__)
+        before = wrapped(package, model, target_modules=["head"])(token_ids())
+        if package is peft:
+            loaded = peft.PeftModel.from_pretrained(model, tmp_path / "peft")
+            assert not torch.allclose(loaded(token_ids()), wrapper(token_ids()))  # the adapter of head takes part
+        else:
+            with pytest.raises(ValueError, match="has adapters already"):
+                lk.PeftModel.from_pretrained(model, tmp_path / "lora_kernels")
+            assert torch.equal(model(token_ids()), before)
+
+
+def test_biases_of_b_are_summed_in_combinations():
+    found = {}
+    for package in (peft, lk):
+        model = wrapped(package, target_modules=["q_proj"], lora_bias=True)
+        model.add_adapter("b", package.LoraConfig(target_modules=["q_proj"], r=4, lora_bias=True))
+        randomize(model)
+        model.add_weighted_adapter(["default", "b"], [0.5, 2.0], "sum", "cat")
+        layer = model.base_model.model.layers[0].q_proj
+        wanted = sum(w * layer.scaling[n] * layer.lora_B[n].bias for n, w in (("default", 0.5), ("b", 2.0)))
+        bias = layer.lora_B["sum"].bias * layer.scaling["sum"]
+        found[package] = (bias - wanted).norm() / wanted.norm()
+    assert found[peft] > 0.1
+    assert found[lk] < 1e-6
+
+
+def test_a_magnitude_of_zero_is_not_merged():
+    for package in (peft, lk):
+        model = wrapped(package, target_modules=["q_proj"], use_dora=True)
+        layer = model.base_model.model.layers[0].q_proj
+        layer.lora_magnitude_vector["default"].weight.data[3] = 0.0
+        weight = layer.weight.detach().clone()
+        if package is peft:
+            model.merge_adapter()
+            assert not layer.weight[3].any()
+            model.unmerge_adapter()
+            assert not layer.weight[3].isfinite().all()
+        else:
+            with pytest.raises(ValueError, match="magnitude of 0"):
+                model.merge_adapter()
+            assert torch.equal(layer.weight, weight)
+
+
+def test_scalings_stay_numbers_when_prepared_for_hot_swapping():
+    for package, kind in ((peft, torch.Tensor), (lk, float)):
+        model = wrapped(package)
+        hotswap(package).prepare_model_for_compiled_hotswap(model)
+        assert isinstance(model.base_model.model.layers[0].q_proj.scaling["default"], kind)
+
+
+def test_a_module_to_save_named_like_the_adapter():
+    with pytest.raises(ValueError, match="trying to target a module with"):
+        peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["foo"]), "foo")
+    with pytest.warns(RuntimeWarning, match=re.escape("modules_to_save: ['foo'] matched nothing")):
+        lk.get_peft_model(tiny(), lk.LoraConfig(target_modules=["q_proj"], modules_to_save=["foo"]), "foo")
+
+
+class Grouped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, groups=2)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_hot_swapping_a_grouped_convolution_equals_peft(tmp_path):
+    x = torch.randn(2, 4, 6, 6)
+    outputs = []
+    for package in (peft, lk):
+        torch.manual_seed(0)
+        small = wrapped(package, Grouped(), target_modules=["conv"], r=2)
+        small.save_pretrained(tmp_path / package.__name__)
+        torch.manual_seed(0)
+        model = wrapped(package, Grouped(), target_modules=["conv"], r=4)
+        before = model(x)
+        hotswap(package).prepare_model_for_compiled_hotswap(model, target_rank=8)
+        torch.testing.assert_close(model(x), before)
+        hotswap(package).hotswap_adapter(model, str(tmp_path / package.__name__), "default")
+        torch.testing.assert_close(model(x), small(x))
+        outputs.append(model(x))
+    torch.testing.assert_close(*outputs)
