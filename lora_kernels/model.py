@@ -36,8 +36,7 @@ def get_peft_model(
 
     Args:
         model: any module.
-        peft_config: a :class:`LoraConfig`. It becomes the one in ``peft_config``, and tells what was found for
-            "all-linear", for a default or for a list of targets.
+        peft_config: a :class:`LoraConfig`. It becomes the one in ``peft_config``, and tells what was found.
         adapter_name: the name of the adapter.
         mixed: must be False (other adapter types are not implemented).
         autocast_adapter_dtype: float32 adapters on a half-precision model.
@@ -222,8 +221,8 @@ class PeftModel(HubModel, nn.Module):
         before = {part.disable_adapters for part in self.base_model._parts()}
         if len(before) > 1:
             warnings.warn(
-                "The model contains some adapter layers that are enabled and others that are disabled. This is most "
-                "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled",
+                "The model contains some adapter layers that are enabled and others that are disabled. After exiting "
+                "the disable_adapter context, all adapters will be enabled",
                 stacklevel=3,
             )
         self.base_model.disable_adapter_layers()
