@@ -9,6 +9,7 @@ from torch import nn
 import lora_kernels as lk
 from lora_kernels.layers import grouped
 from lora_kernels.ops import dispatch
+from lora_kernels.testing import assert_within_budget
 
 
 class Attention(nn.Module):
@@ -200,7 +201,9 @@ def test_in_place_on_an_output():
 def test_autocast_and_checkpointing(calls):
     model, x = _model(), torch.randn(4, 16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        _same(model(x), _apart(model)(x))
+        ours, apart = model(x), _apart(model)(x)
+    for left, right, exact in zip(ours, apart, _apart(model)(x), strict=True):
+        assert_within_budget(left, right, exact)  # what lies between is rounded elsewhere
     run = lambda each: torch.utils.checkpoint.checkpoint(each, x, use_reentrant=False)  # noqa: E731
     grads = [torch.autograd.grad(sum(part.sum() for part in run(each)), x)[0] for each in (model, _apart(model))]
     torch.testing.assert_close(*grads)
