@@ -160,7 +160,7 @@ def test_what_can_not_be_leaves_the_model_as_it_was():
         with pytest.raises(ValueError, match=next(iter(change))):
             lk.get_peft_model(model, lk.LoraConfig(**CONFIG, **change))
         assert not any("lora" in name for name, _ in model.named_modules())
-    with pytest.raises(ValueError, match="embedding size"):
+    with pytest.raises(ValueError, match="Only same embed"):
         lk.get_peft_model(Model(kdim=7, vdim=12), lk.LoraConfig(**CONFIG))
     encoder = nn.TransformerEncoderLayer(12, 3, 16, batch_first=True, dropout=0.0)
     ours = randomize(lk.get_peft_model(encoder, lk.LoraConfig(target_modules=["self_attn"]))).eval()

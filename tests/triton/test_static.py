@@ -54,7 +54,7 @@ import dataclasses, functools, json, torch
 from lora_kernels.ops.linear import triton, triton_cases
 from lora_kernels.ops.linear.config import Config
 from lora_kernels.ops.triton_host import StaticCase
-from lora_kernels.ops import triton_backend
+from lora_kernels.testing import static_gate
 
 x, weight, bias, a, b, s = triton_cases.arguments(512, 16, torch.bfloat16)
 y = torch.empty((512, 4096), dtype=torch.bfloat16, device="meta")
