@@ -13,6 +13,7 @@ import warnings
 import torch
 
 from .layers import LoraLayer, ModulesToSaveWrapper
+from .ops.wide import wide
 from .targeting import find_targets
 
 MIXED = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -192,15 +193,15 @@ def _pair(layer, name):
 
 
 def _combine(layer, adapters, weights, recipe):
-    """``A (rank, in), B (out, rank), bias`` of the combination in one layer, in float32."""
+    """``A (rank, in), B (out, rank), bias`` of the combination in one layer, in float32 (float64 of float64)."""
     given = zip(adapters, weights, strict=True)
     mine = [(name, weight * layer.scaling[name]) for name, weight in given if name in layer.r]
     if getattr(layer.get_base_layer(), "groups", 1) != 1:
         raise ValueError("add_weighted_adapter: a convolution with groups can not be combined")
-    pairs = [tuple(f.detach().flatten(1).float() for f in _pair(layer, name)) for name, _ in mine]
+    pairs = [tuple(wide(f.detach().flatten(1)) for f in _pair(layer, name)) for name, _ in mine]
     scales = [weight for _, weight in mine]
     biases = [(layer.lora_B[n].bias, s) for n, s in mine if n in layer.lora_B and layer.lora_B[n].bias is not None]
-    bias = sum(b.detach().float() * s for b, s in biases) if biases else None
+    bias = sum(wide(b.detach()) * s for b, s in biases) if biases else None
     if recipe.kind == "cat" or recipe.exact:
         a = torch.cat([a * s for (a, _), s in zip(pairs, scales, strict=True)])
         b = torch.cat([b for _, b in pairs], 1)

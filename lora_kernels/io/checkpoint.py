@@ -88,7 +88,7 @@ def check_tensors(tensors, required, optional=()):
         if tuple(tensor.shape) != tuple(shapes[key]):
             problems.append(f"{key}: expected shape {tuple(shapes[key])}, got {tuple(tensor.shape)}")
         elif tensor.dtype not in _DTYPES and not whole:
-            problems.append(f"{key}: expected float32, float16 or bfloat16, got {tensor.dtype}")
+            problems.append(f"{key}: expected float32, float16, bfloat16 or float64, got {tensor.dtype}")
         elif not whole and not _is_finite(tensor):
             problems.append(f"{key}: holds Inf or NaN")
     if problems:

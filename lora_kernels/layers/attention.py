@@ -5,6 +5,7 @@ from torch import nn
 
 from .. import bare
 from ..initial import PLAIN_INITS
+from ..ops.wide import wide
 from .base import LoraLayer, factor_keys
 from .linear import LoraLinear
 from .scaling import scaling_buffer
@@ -125,14 +126,14 @@ class LoraAttention(LoraLayer):
 def updated_weight(layer):
     """A copy of the weight with the updates that ``forward`` adds, differentiable; None where there are none.
 
-    Added in float32 and rounded once.
+    Added in float32 (float64 of a float64 weight) and rounded once.
     """
     if not layer._terms:
         return None
     weight = layer.weight
-    total = weight.float()
+    total = wide(weight)
     for name, sign in layer._terms:
         a, b = layer._factors(name)
         scale = layer._buffers[scaling_buffer(name)] if sign > 0 else -layer._merged[name]
-        total = torch.addmm(total, b.float() * scale, a.float())
+        total = torch.addmm(total, b.to(total.dtype) * scale, a.to(total.dtype))
     return total.to(weight.dtype)

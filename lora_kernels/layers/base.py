@@ -175,9 +175,7 @@ class LoraLayer(MergedWeight, nn.Module):
         check_dropout(lora_dropout)
         self._check_options(init_lora_weights, r, lora_dropout=lora_dropout, use_dora=use_dora, lora_bias=lora_bias)
         weight = self.weight
-        if weight.dtype == torch.float64:
-            raise TypeError("base_layer: expected a weight in float32, float16, bfloat16 or quantised, got float64")
-        keep = weight.dtype.is_floating_point and not autocast_adapter_dtype
+        keep = weight.dtype is torch.float64 or (weight.dtype.is_floating_point and not autocast_adapter_dtype)
         dtype = weight.dtype if keep else torch.float32
         device = weight.device if device is None else device
         replaced = None
@@ -185,7 +183,7 @@ class LoraLayer(MergedWeight, nn.Module):
             self._make_adapter(adapter_name, r, device, dtype, lora_bias)
             dropout = nn.Dropout(lora_dropout) if lora_dropout else bare.identity()
             self._modules["lora_dropout"]._modules[adapter_name] = dropout
-            self.scaling.make(adapter_name, weight.device)
+            self.scaling.make(adapter_name, weight)
             self._non_persistent_buffers_set.add(scaling_buffer(adapter_name))
             self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
             self.use_rslora[adapter_name] = use_rslora

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..ops.dora import api as ops
+from ..ops.wide import wide, wide_dtype
 from .scaling import scaling_buffer
 
 
@@ -39,17 +40,17 @@ def update_rows(layer, name, x, y):
     if layer.training and layer.has_dropout and not isinstance(layer.lora_dropout[name], nn.Identity):
         x = layer._dropped(name, x)
         return y + (c - 1) * layer._base_product(x) + c * (layer._update(name, x) * scale)
-    z = y if y.dtype == torch.float32 else y.float()
+    z = wide(y)
     if bias is None:
         return layer._add(name, x, z, scale) * c
-    return torch.addcmul(bias.float(), layer._add(name, x, z - bias, scale), c)
+    return torch.addcmul(wide(bias), layer._add(name, x, z - bias, scale), c)
 
 
 def without(layer, name, x, y):
     """``y`` without a DoRA adapter that is in the weight."""
     bias = layer.base_layer.bias if layer.has_bias else None
     bias = 0.0 if bias is None else layer._column(bias, y)
-    z = (y.float() - bias) / layer._column(layer._merged_factors[name], y)
+    z = (wide(y) - bias) / layer._column(layer._merged_factors[name], y)
     return layer._add(name, x, z, -layer._merged[name]) + bias
 
 
@@ -92,7 +93,7 @@ def _merge_into(layer, weight, scalings, factors):
 
 
 def _ones(b):
-    return torch.ones(len(b), device=b.device)
+    return torch.ones(len(b), dtype=wide_dtype(b), device=b.device)
 
 
 def _factors(layer, name, scale=None):
@@ -110,23 +111,23 @@ def _norm(layer, name, scale=None):
     if not layer._merged:
         return ops.row_norm(layer._norm_matrix(), a, b, scale)
     terms, total = _unmerged(layer)
-    return _lengths(layer, [*terms, (a, b.float() * scale * total[:, None])], total)
+    return _lengths(layer, [*terms, (a, wide(b) * scale * total[:, None])], total)
 
 
 def _lengths(layer, terms, total):
     """The length of the rows of ``(W + Σ b a) / total``."""
-    a, b = torch.cat([a.float() for a, _ in terms]), torch.cat([b for _, b in terms], 1)
+    a, b = torch.cat([wide(a) for a, _ in terms]), torch.cat([b for _, b in terms], 1)
     return ops.row_norm(layer._norm_matrix(), a, b, 1.0) / total
 
 
 def _unmerged(layer):
     """``terms, total``: the base weight with nothing merged is ``(W + Σ b a) / total``, W being what it holds now."""
-    terms, total = [], torch.ones(layer.out_features, device=layer.weight.device)
+    terms, total = [], torch.ones(layer.out_features, dtype=wide_dtype(layer.weight), device=layer.weight.device)
     for name in reversed(layer._merged):
         a, b = _matrix(layer, name)
         if name in layer._merged_factors:
             total = total * layer._merged_factors[name]
-        terms.append((a, b.float() * (-layer._merged[name] * total[:, None])))
+        terms.append((a, wide(b) * (-layer._merged[name] * total[:, None])))
     return terms, total
 
 

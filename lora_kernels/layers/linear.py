@@ -187,7 +187,7 @@ class LoraLinear(LoraLayer):
             values.append(self.scaling[name])
         if dtype is not weight.dtype and dtype is not torch.float32:
             return by_group(self, batch, x)
-        scalings = batch.scalings(tuple(values), weight.device)
+        scalings = batch.scalings(tuple(values), weight)
         return ops.multi_lora_linear(
             x, weight, base._parameters["bias"], lora_a, lora_b, scalings, batch.plan(x, present)
         )

@@ -12,6 +12,7 @@ import torch
 from .. import ops
 from ..ops import dispatch
 from ..ops.scalars import scaling_tensor
+from ..ops.wide import wide
 from . import apart
 from .atomic import all_or_none
 
@@ -279,8 +280,8 @@ class MergedWeight:
         factors = [tuple(f.detach() for f in pair) for pair in pairs]
         if len(factors) == 1:
             return (*self._usable(*factors[0]), scalings[0])
-        a = torch.cat([a.float() for a, _ in factors], 0)
-        b = torch.cat([b.float() * scale for (_, b), scale in zip(factors, scalings, strict=True)], 1)
+        a = torch.cat([wide(a) for a, _ in factors], 0)
+        b = torch.cat([wide(b) * scale for (_, b), scale in zip(factors, scalings, strict=True)], 1)
         return a, b, 1.0
 
     def _usable(self, *factors):

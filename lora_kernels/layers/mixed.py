@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..ops.wide import wide_dtype
 
 BASE = "__base__"
 _SAVED_KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -72,11 +73,11 @@ class Batch:
             self._plans[key] = ops.plan_batch(rows.to(x.device), num_slots=len(present))
         return self._plans[key]
 
-    def scalings(self, values, device):
-        """A float32 tensor of them; layers mostly have the same."""
-        key = (values, device)
+    def scalings(self, values, weight):
+        """A float32 tensor (float64 beside a float64 weight) of them; layers mostly have the same."""
+        key = (values, weight.device, weight.dtype is torch.float64)
         if key not in self._scalings:
-            self._scalings[key] = torch.tensor(values, dtype=torch.float32, device=device)
+            self._scalings[key] = torch.tensor(values, dtype=wide_dtype(weight), device=weight.device)
         return self._scalings[key]
 
     def groups(self, x):

@@ -5,6 +5,8 @@ A Python float handed to an op costs a compile per value and freezes in a CUDA g
 
 import torch
 
+from ..ops.wide import wide_dtype
+
 
 def scaling_buffer(adapter_name):
     """The name of the buffer of an adapter's scaling."""
@@ -28,17 +30,17 @@ class Scaling(dict):
         super().__setitem__(name, float(value))
         self._fill(name)
 
-    def make(self, name, device):
-        """A buffer for an adapter that has no scaling yet; the next assignment fills it."""
+    def make(self, name, weight):
+        """A buffer beside ``weight`` for an adapter that has no scaling yet; the next assignment fills it."""
         with torch.inference_mode(False):
-            self.buffers[scaling_buffer(name)] = torch.empty((), dtype=torch.float32, device=device)
+            self.buffers[scaling_buffer(name)] = torch.empty((), dtype=wide_dtype(weight), device=weight.device)
 
     def update(self, *args, **kwargs):
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
 
     def refill(self, buffers):
-        """After the buffers were moved or cast: each is float32 again and holds its value."""
+        """After the buffers were moved or cast: each is float32 again, or float64, and holds its value."""
         self.buffers = buffers
         for name in self:
             self._fill(name)
@@ -47,7 +49,8 @@ class Scaling(dict):
         key = scaling_buffer(name)
         buffer = self.buffers[key]
         with torch.inference_mode(False):
-            if buffer.dtype != torch.float32 or buffer.is_inference():
-                self.buffers[key] = torch.full((), self[name], dtype=torch.float32, device=buffer.device)
+            if buffer.dtype not in (torch.float32, torch.float64) or buffer.is_inference():
+                dtype = wide_dtype(buffer)
+                self.buffers[key] = torch.full((), self[name], dtype=dtype, device=buffer.device)
             else:
                 buffer.fill_(self[name])

@@ -8,7 +8,8 @@ import contextlib
 
 import torch
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (*KERNEL_DTYPES, torch.float64)  # the references take float64 as well
 
 
 def _shape(tensor):
@@ -36,7 +37,7 @@ def same_device(reference, **tensors):
 
 def floating(name, value):
     if value.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {value.dtype}")
+        raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {value.dtype}")
 
 
 def adapter_dtype(name, value, base):

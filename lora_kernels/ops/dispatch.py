@@ -10,6 +10,8 @@ import contextlib
 import functools
 import os
 
+import torch
+
 from .. import _native
 from . import cuda_choice, library, triton_backend
 from .dora.reference import KERNELS as _dora_kernels
@@ -104,14 +106,18 @@ def _set(backend, invariant):
 
 
 def select(name, tensor):
-    """The callable that runs op ``name`` for ``tensor`` under the present setting."""
-    return HANDLES[name] if forced is None else pick(name, tensor)
+    """The callable that runs op ``name`` for ``tensor`` under the present setting; float64 is the reference's."""
+    if forced is None:
+        return REFERENCE[name] if tensor.dtype is torch.float64 else HANDLES[name]
+    return pick(name, tensor)
 
 
 def pick(name, tensor):
     """The callable of the forced backend (``forced`` is not None); it never falls back."""
     if forced == "reference":
         return REFERENCE[name]
+    if tensor.dtype is torch.float64:
+        raise RuntimeError(f"{name}: backend {forced!r} has no kernel for float64; the reference has")
     device = "cpu" if forced == "cpu" or (forced == "triton" and triton_backend.interpreted()) else "cuda"
     if tensor.device.type != device:
         raise RuntimeError(f"{name}: backend {forced!r} runs on {device} tensors, got one on {tensor.device}")

@@ -2,11 +2,13 @@
 
 import torch
 
+from .wide import wide_dtype
+
 
 def is_scaling(scaling, like):
     """Whether a tensor can be handed to an op as it is."""
     return (
-        scaling.dtype is torch.float32
+        (scaling.dtype is torch.float32 or scaling.dtype is torch.float64 is like.dtype)
         and scaling.dim() == 0
         and scaling.device == like.device
         and not scaling.requires_grad
@@ -14,7 +16,7 @@ def is_scaling(scaling, like):
 
 
 def scaling_tensor(scaling, like, name="scaling"):
-    """0-d float32 tensor on the device of ``like`` from a float or a 0-d tensor."""
+    """0-d float32 tensor (float64 beside float64) on the device of ``like`` from a float or a 0-d tensor."""
     if isinstance(scaling, torch.Tensor):
         if scaling.dim() != 0 or not scaling.is_floating_point():
             raise ValueError(
@@ -24,10 +26,10 @@ def scaling_tensor(scaling, like, name="scaling"):
             raise ValueError(f"{name}: gradients with respect to the scaling are not computed; detach it")
         if is_scaling(scaling, like):
             return scaling
-        return scaling.to(device=like.device, dtype=torch.float32)
+        return scaling.to(device=like.device, dtype=wide_dtype(like))
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"{name}: expected a float or a 0-d tensor, got {type(scaling).__name__}")
-    return torch.full((), scaling, dtype=torch.float32, device=like.device)
+    return torch.full((), scaling, dtype=wide_dtype(like), device=like.device)
 
 
 def seed_tensor(dropout_seed, like):

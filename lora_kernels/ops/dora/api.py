@@ -15,13 +15,13 @@ def row_norm(weight, lora_a, lora_b, scaling):
     the norm as a constant.
 
     Args:
-        weight: (rows, columns), float32, float16 or bfloat16, any strides.
+        weight: (rows, columns), float32, float16, bfloat16 or float64, any strides.
         lora_a: (rank, columns), any floating dtype.
         lora_b: (rows, rank), any floating dtype.
         scaling: float, or 0-d tensor.
 
     Returns:
-        (rows) float32.
+        (rows) float32; float64 of a float64 weight.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape or dtype; the message names it.

@@ -1,4 +1,4 @@
-"""The rows of ``W + s · B A``, a block at a time in float32.
+"""The rows of ``W + s · B A``, a block at a time in float32 (float64 where W is).
 
 The closed form ``‖W‖² + 2 s ⟨W Aᵀ, B⟩ + s² ⟨B A Aᵀ, B⟩`` has fewer steps, but where the update cancels a row its
 float32 terms leave an error of 3e-4 ‖W‖ in a norm near zero, and the norm is divided by; with the search for such
@@ -8,25 +8,29 @@ and joins the threads three times, which costs more than the work where other pr
 
 import torch
 
+from ..wide import wide, wide_dtype
+
 _BLOCK = 1 << 17  # elements of W in a block: half a MiB in float32
 _NORM_BLOCK = 1 << 20  # the same for the norms: 4 MiB
 
 
 def _blocks(weight, lora_a, lora_b, scaling):
-    """``rows, W[rows], s · B[rows], A`` in float32 for each block of rows."""
-    a, b = lora_a.float(), lora_b.float() * scaling
+    """``rows, W[rows], s · B[rows], A`` in the dtype of the sum for each block of rows."""
+    dtype = wide_dtype(weight)
+    a, b = lora_a.to(dtype), lora_b.to(dtype) * scaling
     step = max(8, _BLOCK // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
-        yield rows, weight[rows].float(), b[rows], a
+        yield rows, wide(weight[rows]), b[rows], a
 
 
 def row_norm(weight, lora_a, lora_b, scaling):
     rows, columns = weight.shape
-    a, b = lora_a.float(), lora_b.float() * scaling
+    dtype = wide_dtype(weight)
+    a, b = lora_a.to(dtype), lora_b.to(dtype) * scaling
     step = min(rows, max(8, _NORM_BLOCK // max(1, columns)))
-    norm = torch.empty(rows, dtype=torch.float32, device=weight.device)
-    buffer = torch.empty(step, columns, dtype=torch.float32, device=weight.device)
+    norm = torch.empty(rows, dtype=dtype, device=weight.device)
+    buffer = torch.empty(step, columns, dtype=dtype, device=weight.device)
     for start in range(0, rows, max(1, step)):
         part = slice(start, start + step)
         block = buffer[: rows - start].copy_(weight[part]).addmm_(b[part], a)

@@ -14,7 +14,7 @@ def lora_embedding(ids, weight, lora_a, lora_b, scaling, *, padding_idx=None):
 
     Args:
         ids: (…) int32 or int64, each in [0, num_embeddings). Where a GPU kernel meets another, the row is NaN.
-        weight: (num_embeddings, embedding_dim); float32, float16 or bfloat16.
+        weight: (num_embeddings, embedding_dim); float32, float16, bfloat16 or float64.
         lora_a: (rank, num_embeddings), dtype of ``weight`` or float32.
         lora_b: (embedding_dim, rank), dtype of ``lora_a``.
         scaling: float, or 0-d tensor.
@@ -33,7 +33,7 @@ def lora_embedding(ids, weight, lora_a, lora_b, scaling, *, padding_idx=None):
     if torch.is_grad_enabled() and (lora_a.requires_grad or lora_b.requires_grad):
         y = LoraEmbedding.apply(flat, weight.detach(), lora_a, lora_b, scaling, padding_idx)
     else:
-        y = dispatch.select("lora_embedding", flat)(flat, weight, lora_a, lora_b, scaling)
+        y = dispatch.select("lora_embedding", weight)(flat, weight, lora_a, lora_b, scaling)
     return y.view(*ids.shape, weight.shape[1])
 
 
@@ -42,7 +42,7 @@ class LoraEmbedding(torch.autograd.Function):
     def forward(ctx, ids, weight, lora_a, lora_b, scaling, padding_idx):
         ctx.save_for_backward(ids, lora_a, lora_b, scaling)
         ctx.padding_idx = padding_idx
-        return dispatch.select("lora_embedding", ids)(ids, weight, lora_a, lora_b, scaling)
+        return dispatch.select("lora_embedding", weight)(ids, weight, lora_a, lora_b, scaling)
 
     @staticmethod
     def backward(ctx, dy):

@@ -7,6 +7,8 @@ dB = s · dYᵀ h,   dA[:, v] = Σ s · dY[m] B over the rows m with ids[m] = v
 import torch
 import torch.nn.functional as F
 
+from ..wide import wide
+
 
 def lora_embedding(ids, weight, lora_a, lora_b, scaling):
     with torch.no_grad():
@@ -18,15 +20,15 @@ def lora_embedding(ids, weight, lora_a, lora_b, scaling):
 def lora_embedding_backward(dy, ids, lora_a, lora_b, scaling, padding_idx, need_a, need_b):
     with torch.no_grad():
         da, db = lora_a.new_empty(lora_a.shape if need_a else (0,)), lora_b.new_empty(lora_b.shape if need_b else (0,))
-        scaled = dy.float() * scaling
+        scaled = wide(dy) * scaling
         if need_b:
-            db.copy_(scaled.t() @ F.embedding(ids, lora_a.t()).float())
+            db.copy_(scaled.t() @ F.embedding(ids, lora_a.t()).to(scaled.dtype))
         if need_a:
-            g = scaled @ lora_b.float()
+            g = scaled @ lora_b.to(scaled.dtype)
             if padding_idx >= 0:
                 g = g.masked_fill((ids == padding_idx)[:, None], 0.0)
             # index_put_ adds in the order of the rows on every device; index_add_ does not.
-            sums = torch.zeros((lora_a.shape[1], lora_a.shape[0]), dtype=torch.float32, device=dy.device)
+            sums = torch.zeros((lora_a.shape[1], lora_a.shape[0]), dtype=scaled.dtype, device=dy.device)
             da.copy_(sums.index_put_((ids,), g, accumulate=True).t())
         return da, db
 

@@ -35,6 +35,8 @@ def _run(name, weight, *args):
 
 def _adapter(weight, lora_a, lora_b, scaling, names=("lora_a", "lora_b", "scaling")):
     checks.merge(weight, lora_a, lora_b, names[:2])
+    if weight.dtype not in checks.KERNEL_DTYPES:
+        raise TypeError(f"weight: expected float32, float16 or bfloat16 for an exact merge, got {weight.dtype}")
     return lora_a, lora_b, scaling_tensor(scaling, weight, names[2])
 
 

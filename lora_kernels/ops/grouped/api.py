@@ -34,7 +34,7 @@ def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings):
     _check_lengths(weights, biases=biases, lora_a=lora_a, lora_b=lora_b, scalings=scalings)
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1] if x.dim() else 1)
     dtype = autocast_dtype(x.device.type)
-    if dtype is not None:
+    if dtype is not None and x.dtype is not torch.float64:
         x2, weights = x2.to(dtype), [weight.to(dtype) for weight in weights]
         biases = [bias if bias is None else bias.to(dtype) for bias in biases]
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):

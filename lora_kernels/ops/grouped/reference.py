@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..linear.reference import _blocks, _mm, expand_, shrink
+from ..wide import wide, wide_dtype
 
 
 def columns_of_h(lora_a):
@@ -23,7 +24,7 @@ def columns_of_h(lora_a):
 def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings, y, need_h, batch_invariant):
     with torch.no_grad():
         stacked, columns, no_mask = torch.cat(lora_a), columns_of_h(lora_a), x.new_empty(0, dtype=torch.uint8)
-        h = torch.empty((x.shape[0], stacked.shape[0]), dtype=torch.float32, device=x.device)
+        h = torch.empty((x.shape[0], stacked.shape[0]), dtype=wide_dtype(x), device=x.device)
         # batch_invariant: no GEMM library promises the same bits for another number of rows.
         step = 1 if batch_invariant else max(1, x.shape[0])
         for row in range(0, x.shape[0], step):
@@ -38,19 +39,19 @@ def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings, y, need_h,
 def grouped_lora_backward(x, dy, weights, lora_a, lora_b, scalings, h, da, db, need_x, batch_invariant):
     with torch.no_grad():
         dx = x.new_empty(x.shape if need_x else (0,))
-        sums_a = [torch.zeros(a.shape, dtype=torch.float32, device=x.device) for a in da]
-        sums_b = [torch.zeros(b.shape, dtype=torch.float32, device=x.device) for b in db]
+        sums_a = [torch.zeros(a.shape, dtype=h.dtype, device=x.device) for a in da]
+        sums_b = [torch.zeros(b.shape, dtype=h.dtype, device=x.device) for b in db]
         columns = columns_of_h(lora_a)
         for rows in _blocks(x.shape[0]):
             total = 0.0
             for i, (grad, s) in enumerate(zip(dy, scalings, strict=True)):
                 dh = _mm(grad[rows], lora_b[i]) * s
                 if need_x:
-                    total = total + (_mm(grad[rows], weights[i]) + dh @ lora_a[i].float())
+                    total = total + (_mm(grad[rows], weights[i]) + dh @ lora_a[i].to(dh.dtype))
                 if da:
-                    sums_a[i] += dh.t() @ x[rows].float()
+                    sums_a[i] += dh.t() @ wide(x[rows])
                 if db:
-                    sums_b[i] += s * (grad[rows].float().t() @ h[rows, columns[i]])
+                    sums_b[i] += s * (wide(grad[rows]).t() @ h[rows, columns[i]])
             if need_x:
                 dx[rows] = total.to(dx.dtype)
         for targets, sums in ((da, sums_a), (db, sums_b)):

@@ -38,7 +38,7 @@ def lora_linear(
     ``weight`` and ``bias`` are cast as ``torch.nn.functional.linear`` casts them.
 
     Args:
-        x: (…, in_features); float32, float16 or bfloat16.
+        x: (…, in_features); float32, float16 or bfloat16; float64 is computed by the reference.
         weight: (out_features, in_features), dtype of ``x``.
         bias: (out_features) or None, dtype of ``x``.
         lora_a: (rank, in_features), dtype of ``x`` or float32; (slices, rank, in_features) with ``out_splits``.
@@ -59,7 +59,7 @@ def lora_linear(
         x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         device_type = x.device.type
         dtype = autocast_dtype(device_type)
-        if dtype is not None:
+        if dtype is not None and x.dtype is not torch.float64:
             x2, weight = x2.to(dtype), weight.to(dtype)
             bias = bias if bias is None else bias.to(dtype)
         grad = torch.is_grad_enabled() and (
@@ -80,7 +80,8 @@ def lora_linear(
             seed = seed_tensor(dropout_seed, x2) if dropout_p else None
             y = LoraLinear.apply(x2, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, out_splits)
         else:
-            op = _linear if dispatch.forced is None else dispatch.pick("lora_linear", x2)
+            native = dispatch.forced is None and x2.dtype is not torch.float64
+            op = _linear if native else dispatch.select("lora_linear", x2)
             y = op(x2, weight, bias, lora_a, lora_b, scaling, out_splits, dispatch.batch_invariant)
     except (RuntimeError, AttributeError, IndexError):
         _explain_refusal(x, weight, bias, lora_a, lora_b, out_splits)
@@ -94,7 +95,7 @@ def _explain_refusal(x, weight, bias, lora_a, lora_b, out_splits):
         checks.tensor(name, value)
     base = (x, weight, bias)
     dtype = autocast_dtype(x.device.type)
-    if dtype is not None:
+    if dtype is not None and x.dtype is not torch.float64:
         base = [value if value is None else value.to(dtype) for value in base]
     checks.linear(*base, lora_a, lora_b, out_splits)
 

@@ -5,12 +5,13 @@
 
 Each function has the signature of its op (see ``ops/library.py``). ``h`` is handed on in float32; products of
 two tensors of one dtype run in that dtype, and where the adapter is float32 and ``x`` is not, ``x`` is cast a
-block of rows at a time.
+block of rows at a time. Where ``x`` is float64 all of it is.
 """
 
 import torch
 import torch.nn.functional as F
 
+from ..wide import wide, wide_dtype
 from .dropout import dropout_mask, unpack_mask
 
 _ROWS = 4096
@@ -21,10 +22,11 @@ def _blocks(num_rows):
 
 
 def _mm(left, right):
-    """``left @ right`` in float32 where the dtypes differ, in their own dtype otherwise; float32 result."""
+    """``left @ right`` in float32 where the dtypes differ, in their own dtype otherwise; float32 (float64) result."""
     if left.dtype == right.dtype:
-        return (left @ right).float()
-    return left.float() @ right.float()
+        return wide(left @ right)
+    dtype = wide_dtype(left, right)
+    return left.to(dtype) @ right.to(dtype)
 
 
 def _kept(x, mask):
@@ -44,9 +46,9 @@ def _slices(lora_a, num_columns, out_splits):
 
 
 def shrink(x, lora_a, mask, dropout_p):
-    """h = dropout(X) Aᵀ over all slices; float32 (M, S·R)."""
+    """h = dropout(X) Aᵀ over all slices; float32, or float64 of float64; (M, S·R)."""
     a = lora_a.reshape(-1, lora_a.shape[-1])
-    h = torch.empty(x.shape[0], a.shape[0], dtype=torch.float32, device=x.device)
+    h = torch.empty(x.shape[0], a.shape[0], dtype=wide_dtype(x), device=x.device)
     for rows in _blocks(x.shape[0]):
         h[rows] = _mm(_kept(x[rows], mask[rows] if mask.numel() else mask), a.t())
     return h.div_(1.0 - dropout_p)
@@ -57,8 +59,8 @@ def expand_(y, h, lora_a, lora_b, scaling, out_splits):
     for _, ranks, columns in _slices(lora_a, y.shape[1], out_splits):
         b = lora_b[columns]
         for rows in _blocks(y.shape[0]):
-            update = (h[rows, ranks] * scaling) @ b.t().float()
-            y[rows, columns] = (y[rows, columns].float() + update).to(y.dtype)
+            update = (h[rows, ranks] * scaling) @ b.t().to(h.dtype)
+            y[rows, columns] = (wide(y[rows, columns]) + update).to(y.dtype)
 
 
 def _no_mask(x):
@@ -119,22 +121,22 @@ def lora_linear_backward(
         if need_x:
             dx = x.new_zeros(x.shape) if weight is None else (dy @ weight).to(x.dtype)
         if need_a:
-            da = torch.zeros(lora_a.shape, dtype=torch.float32, device=x.device)
+            da = torch.zeros(lora_a.shape, dtype=h.dtype, device=x.device)
         if need_b:
-            db = torch.zeros(lora_b.shape, dtype=torch.float32, device=x.device)
+            db = torch.zeros(lora_b.shape, dtype=h.dtype, device=x.device)
         for index, (a, ranks, columns) in enumerate(_slices(lora_a, lora_b.shape[0], out_splits)):
             b = lora_b[columns]
             for rows in _blocks(x.shape[0]):
                 block_dy, block_mask = dy[rows, columns], mask[rows] if mask.numel() else mask
                 dh = _mm(block_dy, b) * (scaling / (1.0 - dropout_p))
                 if need_x:
-                    low_rank = _kept(dh @ a.float(), block_mask)
-                    dx[rows] = (dx[rows].float() + low_rank).to(dx.dtype)
+                    low_rank = _kept(dh @ a.to(dh.dtype), block_mask)
+                    dx[rows] = (wide(dx[rows]) + low_rank).to(dx.dtype)
                 if need_a:
                     target = da if out_splits is None else da[index]
-                    target += dh.t() @ _kept(x[rows].float(), block_mask)
+                    target += dh.t() @ _kept(wide(x[rows]), block_mask)
                 if need_b:
-                    db[columns] += scaling * (block_dy.float().t() @ h[rows, ranks])
+                    db[columns] += scaling * (wide(block_dy).t() @ h[rows, ranks])
         return dx, da.to(lora_a.dtype), db.to(lora_b.dtype)
 
 

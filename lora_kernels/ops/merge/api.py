@@ -9,7 +9,8 @@ def merge_(weight, lora_a, lora_b, scaling, *, safe=False):
     """``W ← W + scaling · B A`` in place, accumulated in float32 and rounded once.
 
     Args:
-        weight: (out_features, in_features), float32, float16 or bfloat16, any strides. Written.
+        weight: (out_features, in_features), float32, float16, bfloat16, or float64 (then accumulated in float64),
+            any strides. Written.
         lora_a: (rank, in_features), dtype of ``weight`` or float32.
         lora_b: (out_features, rank), dtype of ``weight`` or float32.
         scaling: float or 0-d tensor.

@@ -1,18 +1,21 @@
 """``merge_`` and ``switch_`` in plain torch: W ← W + sign · s · B A, a block of rows at a time.
 
-Accumulated in float32 and rounded once to the weight's dtype. Signatures are the ops' own.
+Accumulated in float32 (float64 for a float64 weight) and rounded once to the dtype of the weight. Signatures are the
+ops' own.
 """
 
 import torch
+
+from ..wide import wide
 
 _ROWS = 256
 
 
 def _merged(weight, terms, rows):
-    """Float32 rows of W + Σ scale · B A."""
-    block = weight[rows].float()
+    """Rows of W + Σ scale · B A, in the dtype of the sum."""
+    block = wide(weight[rows])
     for lora_a, lora_b, scale in terms:
-        block = block + (lora_b[rows].float() @ lora_a.float()) * scale
+        block = block + (lora_b[rows].to(block.dtype) @ lora_a.to(block.dtype)) * scale
     return block
 
 

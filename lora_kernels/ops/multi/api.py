@@ -4,6 +4,7 @@ import torch
 
 from .. import checks, dispatch
 from ..linear.api import autocast_dtype, mark_written
+from ..wide import wide_dtype
 from .autograd import MultiLoraLinear, live_part
 from .plan import check_plan
 
@@ -21,7 +22,7 @@ def multi_lora_linear(x, weight, bias, a_bank, b_bank, slot_scalings, plan, *, o
         a_bank: (num_slots, max_rank, in_features), (num_slots, slices, max_rank, in_features) with
             ``out_splits``; or a list of ``lora_a`` tensors, one a slot, of any ranks.
         b_bank: (num_slots, out_features, max_rank); or a list of ``lora_b`` tensors.
-        slot_scalings: float32 (num_slots) tensor.
+        slot_scalings: float32 (num_slots) tensor; float64 too where ``x`` is.
         plan: :class:`BatchPlan` of the rows of ``x``.
         out_splits: widths of the slices of a stacked projection.
         out: (…, out_features) tensor to write into; no gradients.
@@ -34,7 +35,7 @@ def multi_lora_linear(x, weight, bias, a_bank, b_bank, slot_scalings, plan, *, o
         x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         device_type = x.device.type
         dtype = autocast_dtype(device_type)
-        if dtype is not None:
+        if dtype is not None and x.dtype is not torch.float64:
             x2, weight = x2.to(dtype), weight.to(dtype)
             bias = bias if bias is None else bias.to(dtype)
         native = not dispatch.check_first and device_type == "cpu" and not torch.compiler.is_compiling()
@@ -79,7 +80,7 @@ def _explain_refusal(x, weight, bias, a_bank, b_bank, slot_scalings, plan, out_s
     for name, value in zip(("x", "weight"), base[:2], strict=True):
         checks.tensor(name, value)
     dtype = autocast_dtype(x.device.type)
-    if dtype is not None:
+    if dtype is not None and x.dtype is not torch.float64:
         base = [value if value is None else value.to(dtype) for value in base]
     x2 = base[0] if x.dim() < 2 else base[0].reshape(-1, x.shape[-1])
     _check(x2, *base[1:], a_bank, b_bank, slot_scalings, plan, out_splits, listed)
@@ -148,8 +149,8 @@ def lora_expand_(y, h, b_bank, slot_scalings, plan, *, out_splits=None):
         raise ValueError(f"b_bank: expected (num_slots, out_features = {y.shape[1]}, rank), got {tuple(b_bank.shape)}")
     slices = () if h.dim() == 2 else (len(out_splits or (0,)),)
     checks.size("h", h, (y.shape[0], *slices, b_bank.shape[2]), "(num_tokens, [slices,] max_rank)")
-    if h.dtype != torch.float32:
-        raise TypeError(f"h: expected torch.float32, got {h.dtype}")
+    if h.dtype != wide_dtype(y):
+        raise TypeError(f"h: expected {wide_dtype(y)}, got {h.dtype}")
     check_plan(plan, y.shape[0], b_bank.shape[0])
     _check_scalings(slot_scalings, b_bank.shape[0], y)
     checks.same_device(y, h=h, b_bank=b_bank, plan=plan.row_order)
@@ -175,8 +176,8 @@ def _refuse_grad(name, **tensors):
 def _check_scalings(slot_scalings, num_slots, like):
     checks.tensor("slot_scalings", slot_scalings, 1)
     checks.size("slot_scalings", slot_scalings, (num_slots,), "(num_slots,)")
-    if slot_scalings.dtype != torch.float32 or slot_scalings.requires_grad:
-        raise TypeError(f"slot_scalings: expected torch.float32 without gradient, got {slot_scalings.dtype}")
+    if slot_scalings.dtype not in (torch.float32, wide_dtype(like)) or slot_scalings.requires_grad:
+        raise TypeError(f"slot_scalings: expected {wide_dtype(like)} without gradient, got {slot_scalings.dtype}")
     checks.same_device(like, slot_scalings=slot_scalings)
 
 

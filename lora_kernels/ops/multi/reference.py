@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..linear.reference import expand_, lora_linear_backward, shrink
+from ..wide import wide_dtype
 
 
 def _segments(row_order, segment_starts, num_rows):
@@ -36,7 +37,7 @@ def _columns(num_columns, out_splits):
 
 def lora_shrink(x, a_bank, slot_ranks, row_order, segment_starts, batch_invariant):
     with torch.no_grad():
-        h = torch.zeros((x.shape[0], *a_bank.shape[1:-1]), dtype=torch.float32, device=x.device)
+        h = torch.zeros((x.shape[0], *a_bank.shape[1:-1]), dtype=wide_dtype(x), device=x.device)
         h_slices = h if h.dim() == 3 else h.unsqueeze(1)
         no_mask = torch.empty(0, dtype=torch.uint8, device=x.device)
         for slot, rows in _segments(row_order, segment_starts, x.shape[0]):
