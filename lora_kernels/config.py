@@ -12,9 +12,11 @@ import warnings
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
+from .errors import IncompleteConfigError
 from .initial import DENSE_INITS, check_init
 
 CONFIG_NAME = "adapter_config.json"
+__version__ = "0.21.2"  # of the PEFT whose files these are: ``peft_version`` in them
 
 
 class PeftType(str, Enum):
@@ -108,6 +110,7 @@ class LoraConfig:
 
     def __post_init__(self):
         self._unknown = {}
+        self.peft_version = __version__ if self.peft_version is None else self.peft_version
         self.peft_type = PeftType.LORA  # whatever is given, as in PEFT
         if self.task_type is not None and self.task_type not in [t.value for t in TaskType]:
             raise ValueError(
@@ -186,6 +189,10 @@ class LoraConfig:
         if self.layers_pattern and indices is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
+    def _register_custom_module(self, mapping):
+        """PEFT's experimental way to adapt layers of other kinds by layers of one's own. NotImplementedError."""
+        raise NotImplementedError(f"_register_custom_module({mapping!r:.80}): {_ELSEWHERE}")
+
     @property
     def is_prompt_learning(self):
         return False
@@ -221,6 +228,7 @@ class LoraConfig:
 
         Raises:
             ValueError: no such file, no JSON object in it, or a ``peft_type`` that is not LORA.
+            IncompleteConfigError: no ``peft_type``; a TypeError, as in PEFT, and a ValueError.
         """
         path = os.path.join(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
         if not os.path.isfile(path):
@@ -231,7 +239,10 @@ class LoraConfig:
             path = hub_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder, **kwargs)
         values = cls.from_json_file(path)
         if "peft_type" not in values:
-            raise ValueError(f"{path}: expected the key 'peft_type', got the keys {sorted(values)[:8]}")
+            raise IncompleteConfigError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}. "
+                f"{path}: got the keys {sorted(values)[:8]}"
+            )
         try:
             known = {field.name for field in fields(cls)} - {"revision"}
             return cls.from_dict({**{key: value for key, value in kwargs.items() if key in known}, **values})

@@ -11,3 +11,7 @@ class NoMatchingPeftModuleError(PeftError, ValueError):
 
 class PeftWarning(UserWarning):
     """What the adapter layer warns of."""
+
+
+class IncompleteConfigError(PeftError, ValueError, TypeError):
+    """An ``adapter_config.json`` without what makes it one."""

@@ -68,12 +68,12 @@ def _warn_of_inconsistency(model, config, named):
     message = ""
     for source, names in (("PEFT config", wanted - named), ("state_dict", named - wanted)):
         if names:
-            message += f" The {source} contained these additional target modules: {sorted(names)}."
+            message += f"The {source} contained these additional target modules: {sorted(names)}. "
     if message:
         warnings.warn(
             "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
             f"provided state_dict. This is not necessarily an issue and can be ignored if this was the "
-            f"intent.{message}",
+            f"intent. {message}",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -17,7 +17,7 @@ from .signature import take_signature
 from .status import get_layer_status, get_model_status
 from .targeting import find_targets
 from .tuner import LoraModel
-from .tuner_facts import base_name, warn_of_changed_base, warn_of_changed_name
+from .tuner_facts import base_name, warn_of_changed_base, warn_of_changed_name, warn_of_prefix
 from .walk import into_eval
 
 __all__ = ["LoraModel", "PeftModel", "get_peft_model"]
@@ -60,6 +60,7 @@ def get_peft_model(
             stacklevel=2,
         )
     warn_of_changed_name(peft_config, model, revision)
+    warn_of_prefix(adapter_name)
     peft_model = _class_for(peft_config)(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
     config = peft_model.peft_config[adapter_name]
     config.base_model_name_or_path = base_name(model)
@@ -200,6 +201,7 @@ class PeftModel(HubModel, nn.Module):
         """Adds a new adapter, which is not made active. ValueError when the name is taken or nothing matches."""
         if not isinstance(peft_config, LoraConfig):
             raise TypeError(f"peft_config: expected a LoraConfig, got {type(peft_config).__name__}")
+        warn_of_prefix(adapter_name)
         options = {"autocast_adapter_dtype": autocast_adapter_dtype, "meta": low_cpu_mem_usage}
         self.base_model.add_adapter(adapter_name, peft_config, **options)
 

@@ -30,8 +30,18 @@ class ParameterTarget:
     lora_alpha: float
 
     @property
+    def full_name(self):
+        """As in the model before any adapter."""
+        return full_name(self.name, self.parameter)
+
+    @property
     def layer(self):
         return next((layer for layer in self.around if layer.parameter_name == self.parameter), None)
+
+
+def full_name(module_name, parameter_name):
+    """Of a parameter as in the model before any adapter."""
+    return f"{module_name.replace(_BELOW, '')}.{parameter_name}"
 
 
 def find_parameters(model, config, targeted, pattern_value):
@@ -116,7 +126,7 @@ def check_same(configs, config):
 
 def unused(config, targets):
     """The entries of ``target_parameters`` that matched nothing."""
-    names = [f"{target.name.replace(_BELOW, '')}.{target.parameter}" for target in targets]
+    names = [target.full_name for target in targets]
     return [w for w in config.target_parameters or () if not any(n == w or n.endswith("." + w) for n in names)]
 
 

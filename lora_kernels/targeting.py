@@ -343,9 +343,9 @@ def _nothing_found(model, config, names, excluded):
         )
     if not wanted:
         message = "No `target_modules` passed but also no `target_parameters` found. Please check the values for "
-        message += "these arguments"
+        message += "these arguments."
         close = [c for w in config.target_parameters or () for c in closest(model, w)]
-        return f"{message}; closest names: {', '.join(close)}" if close else f"{message}."
+        return f"{message} Closest names: {', '.join(close)}" if close else message
     adaptable = [n for n, m in names.items() if isinstance(m, LoraLayer) or layer_class(m)]
     listed = [wanted] if isinstance(wanted, str) else sorted(wanted)
     message = f"target_modules: no module matches {listed}"
@@ -392,9 +392,12 @@ def _warn_unused(model, config, names, plan, excluded):
         if values:
             near = [closest(model, v) if attribute == "target_parameters" else _closest(v, names) for v in values]
             close = list(dict.fromkeys(c for found in near for c in found))
-            hint = f"; closest names: {', '.join(close)}" if close else ""
+            hint = f" Closest names: {', '.join(close)}." if close else ""
+            given = getattr(config, attribute)
             message = f"{attribute}: {sorted(values)} matched nothing"
+            if attribute.startswith("target_") and len(values) == len(given):
+                message = f"{attribute}={given} were set but no {attribute[7:-1]} was matched"
             if attribute.endswith("_pattern"):
                 message = f"The following {attribute} keys did not match any targeted module and were ignored: "
                 message += f"{sorted(values)}"
-            warnings.warn(f"{message}{hint}.", RuntimeWarning, stacklevel=5)
+            warnings.warn(f"{message}.{hint}", RuntimeWarning, stacklevel=5)

@@ -17,7 +17,7 @@ from .layers.grouped import group_siblings
 from .layers.mixed import BASE, Batch, Rows
 from .layers.tied import Tie, tie_equal
 from .merging import ModelMerging
-from .parameter_targets import check_same, innermost_first
+from .parameter_targets import check_same, full_name, innermost_first
 from .targeting import find_targets
 from .tuner_facts import TunerFacts
 from .tying import names_tied_to_embedding, note_untied
@@ -41,6 +41,7 @@ class LoraModel(TunerFacts, ModelMerging, ModelCombining, nn.Module):
         self._fused = []
         self._rows = Rows()
         self.targeted_module_names = []  # of all adapters, in the order they came
+        self.targeted_parameter_names = []
         before = self._parts()
         targets = self._take_over(before, config, adapter_name) if before else None
         self.add_adapter(
@@ -68,7 +69,11 @@ class LoraModel(TunerFacts, ModelMerging, ModelCombining, nn.Module):
         nn.Module.__init__(tuner)
         tuner.model, tuner.peft_config, tuner._fused = model, peft_config, []
         parts = tuner._parts()
-        tuner.targeted_module_names = [n for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+        layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+        tuner.targeted_module_names = [n for n, m in layers if not isinstance(m, LoraParameter)]
+        tuner.targeted_parameter_names = [
+            full_name(n, m.parameter_name) for n, m in layers if isinstance(m, LoraParameter)
+        ]
         layer = next((part for part in parts if isinstance(part, LoraLayer)), parts[0])
         tuner._active, tuner._rows = layer.active_adapters, layer._rows
         return tuner
@@ -147,6 +152,8 @@ class LoraModel(TunerFacts, ModelMerging, ModelCombining, nn.Module):
         self.peft_config[adapter_name] = config
         names = [target.name for target in targets.lora]
         self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *names]))
+        names = [target.full_name for target in targets.parameters]
+        self.targeted_parameter_names = list(dict.fromkeys([*self.targeted_parameter_names, *names]))
         if first:
             self._freeze_base(targets.config.bias)
         beside = [wrapper for _, wrapper in targets.saved] + [target.module for target in targets.tokens]

@@ -22,6 +22,16 @@ def warn_of_changed_base(configs):
             )
 
 
+def warn_of_prefix(adapter_name):
+    """Warns of an adapter whose name is a part of the prefix that PEFT looks for in the keys of a checkpoint."""
+    if adapter_name in TunerFacts.prefix:
+        warnings.warn(
+            f"Adapter name '{adapter_name}' should not be contained in the prefix '{TunerFacts.prefix}'. This may lead "
+            "to reinitialization of the adapter weights during loading in PEFT.",
+            stacklevel=3,
+        )
+
+
 def base_name(model):
     """What a config calls the base model; None where it has no name."""
     return model.__dict__.get("name_or_path") or None

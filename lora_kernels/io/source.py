@@ -27,7 +27,8 @@ def read_adapter(model, model_id, config=None, *, device="cpu", key_mapping=None
         model_id: a folder, a ``.safetensors`` or ``.bin`` file, or the name of a repository of the Hub.
         config: a :class:`LoraConfig` to use instead of the one in the folder.
         device: where the tensors go.
-        key_mapping: regular expression -> replacement, the first that matches a key (without PEFT's prefix).
+        key_mapping: regular expression -> replacement, the first that matches a key (without PEFT's prefix). None: what
+            the model says its older checkpoints need (``_checkpoint_conversion_mapping`` in transformers).
         subfolder: of the folder or repository.
         hub: ``revision``, ``token``, ``cache_dir`` and the like; without effect on folders.
 
@@ -52,7 +53,8 @@ def read_adapter(model, model_id, config=None, *, device="cpu", key_mapping=None
         return to_peft(model, tensors, config)
     if config is None:
         raise ValueError(f"Can't find '{CONFIG_NAME}' at '{folder or os.path.dirname(model_id)}'")
-    return copy.deepcopy(config), _renamed(tensors, key_mapping)
+    mapping = getattr(model, "_checkpoint_conversion_mapping", None) if key_mapping is None else key_mapping
+    return copy.deepcopy(config), _renamed(tensors, mapping)
 
 
 def _has_config(folder):

@@ -1,6 +1,5 @@
 """The tensors of one adapter by their names in a checkpoint, out of a model and into it."""
 
-import os
 import re
 import warnings
 from collections import namedtuple
@@ -40,11 +39,14 @@ def get_peft_model_state_dict(
     required, optional = adapter_keys(model, adapter_name)
     embeddings = _embedding_keys(model, adapter_name, save_embedding_layers)
     keys = {**required, **optional, **embeddings}
-    if state_dict is None and any(_FSDP in name for name, _ in model.named_modules()):
-        state_dict = model.state_dict()  # gathered from all ranks, as the wrapper is told to
+    # FSDP gathers from all ranks, as the wrapper is told to; and scripts put a state_dict of their own on a model.
+    if state_dict is None and ("state_dict" in model.__dict__ or any(_FSDP in n for n, _ in model.named_modules())):
+        state_dict = model.state_dict()
     if state_dict is None:
         return {key: _tensor(model, source).detach() for key, source in keys.items()}
-    return {key: state_dict[source] for key, source in keys.items()}
+    # Ranks that gather nothing have nothing to save; a state dict may be what this function gave before.
+    given = {key: source if source in state_dict else key for key, source in keys.items()}
+    return {key: state_dict[source] for key, source in given.items() if source in state_dict}
 
 
 def set_peft_model_state_dict(
@@ -173,12 +175,15 @@ def _targets_embeddings(model, config):
 
 
 def _vocabulary_changed(model, config):
-    """Whether the model has another ``vocab_size`` than the folder it was loaded from says."""
+    """Whether the model has another ``vocab_size`` than what it was loaded from, a folder or in the Hub's cache."""
     now = getattr(model, "config", None)
-    size, folder = getattr(now, "vocab_size", None), config.base_model_name_or_path
-    if not size or not folder or not os.path.isfile(os.path.join(folder, "config.json")):
+    size, source = getattr(now, "vocab_size", None), config.base_model_name_or_path
+    if not size or not source or not hasattr(type(now), "from_pretrained"):
         return False
-    return type(now).from_pretrained(folder).vocab_size != size
+    try:
+        return type(now).from_pretrained(source, revision=config.revision, local_files_only=True).vocab_size != size
+    except (OSError, ValueError):  # neither a folder with a config nor in the cache
+        return False
 
 
 def _ties(model, adapter_name, keys, tensors):

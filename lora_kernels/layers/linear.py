@@ -145,6 +145,8 @@ class LoraLinear(LoraLayer):
         if single is None or base.__class__ is not _Linear or not _unhooked(base):
             return None
         name, scale = single
+        if name in self.scaling.zeros:  # the base layer's own bits, which our kernels need not give
+            return None
         a = modules["lora_A"]._modules[name]._parameters.get("weight")
         b = modules["lora_B"]._modules[name]._parameters.get("weight")
         parameters = base._parameters

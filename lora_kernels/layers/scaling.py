@@ -16,18 +16,20 @@ def scaling_buffer(adapter_name):
 class Scaling(dict):
     """Adapter name to scaling; an assignment reaches the buffer as well.
 
-    ``buffers`` is the layer's own buffer dict.
+    ``buffers`` is the layer's own buffer dict; ``zeros`` are the names of the adapters that are scaled to nothing.
     """
 
     def __init__(self, buffers, values=()):
         super().__init__(values)
         self.buffers = buffers
+        self.zeros = {name for name, value in self.items() if value == 0.0}
 
     def __reduce__(self):
         return Scaling, (self.buffers, dict(self))
 
     def __setitem__(self, name, value):
         super().__setitem__(name, float(value))
+        (self.zeros.discard if self[name] else self.zeros.add)(name)
         self._fill(name)
 
     def make(self, name, weight):

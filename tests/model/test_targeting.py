@@ -114,7 +114,7 @@ def test_bad_targets_are_named_and_nothing_changes(values, message):
 
 
 def test_half_matched_names_warn_with_the_closest():
-    with pytest.warns(RuntimeWarning, match="v_prj.*closest.*v_proj"):
+    with pytest.warns(RuntimeWarning, match="v_prj.*Closest.*v_proj"):
         find_targets(tiny(), LoraConfig(target_modules=["q_proj", "v_prj"]))
 
 

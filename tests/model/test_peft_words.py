@@ -1,0 +1,122 @@
+"""Small things that PEFT's users and their tests rely on, against PEFT: attributes, warnings, no-ops to the bit."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import lora_kernels as lk
+from lora_kernels.helpers import rescale_adapter_scale
+
+peft = pytest.importorskip("peft")
+BOTH = pytest.mark.parametrize("package", [peft, lk])
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 32))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scaling_of_zero_gives_the_bits_of_the_base(rows, dtype):
+    base = net().to(dtype)
+    x = torch.randn(rows, 64, dtype=dtype)
+    want = base(x)
+    model = lk.get_peft_model(base, lk.LoraConfig(target_modules=["0", "2"], init_lora_weights=False)).eval()
+    assert not torch.equal(model(x), want)
+    with rescale_adapter_scale(model, 0.0):
+        assert torch.equal(model(x), want)
+    for layer in (model.base_model.model[0], model.base_model.model[2]):
+        layer.set_scale("default", 0)
+    assert torch.equal(model(x), want)
+    model.base_model.model[0].set_scale("default", 1)
+    assert not torch.equal(model(x), want)
+    model.base_model.model[0].scaling = {"default": 0.0}
+    assert torch.equal(copy.deepcopy(model)(x), want)
+
+
+@BOTH
+def test_targeted_parameter_names(package):
+    model = package.get_peft_model(net(), package.LoraConfig(target_parameters=["0.weight", "2.weight"]))
+    assert model.targeted_parameter_names == ["0.weight", "2.weight"]
+    assert model.targeted_module_names == []
+    model.add_adapter("other", package.LoraConfig(target_parameters=["2.weight", "0.weight"]))
+    assert model.targeted_parameter_names == ["0.weight", "2.weight"]
+
+
+@BOTH
+def test_a_name_in_the_prefix_warns(package):
+    config = package.LoraConfig(target_modules=["0"])
+    with pytest.warns(UserWarning, match="'lora' should not be contained in the prefix 'lora_'"):
+        model = package.get_peft_model(net(), copy.deepcopy(config), "lora")
+    with pytest.warns(UserWarning, match="'ora_' should not be contained in the prefix 'lora_'"):
+        model.add_adapter("ora_", copy.deepcopy(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_adapter("lora_2", copy.deepcopy(config))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": {"nope"}}, r"target_modules=\{'nope'\} were set but no module was matched\."),
+        ({"target_parameters": ["nope"]}, r"target_parameters=\['nope'\] were set but no parameter was matched\."),
+    ],
+)
+def test_half_of_what_is_named_matches_nothing(package, fields, message):
+    config = package.LoraConfig(**{"target_modules": ["0"], "target_parameters": ["2.weight"], **fields})
+    with pytest.warns(RuntimeWarning, match=message):
+        package.get_peft_model(net(), config)
+
+
+@BOTH
+def test_the_version_of_the_files(package):
+    assert package.LoraConfig().peft_version.startswith("0.21.")
+    assert package.LoraConfig(peft_version="0.1").peft_version == "0.1"
+
+
+@BOTH
+def test_a_file_that_is_no_config(package, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"foo": 1}')
+    with pytest.raises(TypeError, match="The LoraConfig config that is trying to be loaded is missing required keys"):
+        package.LoraConfig.from_pretrained(tmp_path)
+
+
+@BOTH
+def test_a_state_dict_of_ones_own_is_what_is_saved(package, tmp_path):
+    model = package.get_peft_model(net(), package.LoraConfig(target_modules=["0"]))
+    halves = {key: value / 2 for key, value in model.state_dict().items()}
+    model.state_dict = lambda: halves
+    model.save_pretrained(tmp_path)
+    loaded = package.PeftModel.from_pretrained(net(), tmp_path)
+    assert torch.equal(
+        loaded.base_model.model[0].lora_A["default"].weight, halves["base_model.model.0.lora_A.default.weight"]
+    )
+
+
+@BOTH
+def test_the_models_own_mapping_of_older_keys(package, tmp_path):
+    class Newer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.ModuleDict({"language_model": net()})
+            self._checkpoint_conversion_mapping = {r"^(\d)": r"model.language_model.\1"}
+
+    old = package.get_peft_model(net(), package.LoraConfig(target_modules=["0"]))
+    old.save_pretrained(tmp_path)
+    new = package.PeftModel.from_pretrained(Newer(), tmp_path)
+    layer = new.base_model.model.model["language_model"][0]
+    assert torch.equal(layer.lora_A["default"].weight, old.base_model.model[0].lora_A["default"].weight)
+
+
+def test_layers_of_ones_own_are_refused_by_name():
+    class Own(nn.Module):
+        pass
+
+    peft.LoraConfig()._register_custom_module({nn.LSTM: Own})
+    with pytest.raises(NotImplementedError, match=r"_register_custom_module.*accelerate"):
+        lk.LoraConfig()._register_custom_module({nn.LSTM: Own})
