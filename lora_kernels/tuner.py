@@ -372,3 +372,10 @@ class LoraModel(TunerFacts, ModelMerging, ModelCombining, nn.Module):
             setattr(module, attribute, value)
         self._fused = []
         return self.model
+
+
+def has_adapters(model):
+    """Whether adapters of this package are somewhere in the model. TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return any(isinstance(module, (LoraModel, LoraLayer)) for module in model.modules())

@@ -6,7 +6,6 @@ and attribute names are PEFT's.
 """
 
 import functools
-import math
 import warnings
 
 import torch
@@ -17,15 +16,13 @@ from ..config import check_alpha, check_dropout, check_rank
 from ..errors import PeftWarning
 from ..initial import DENSE_INITS, check_init, initialise, reset
 from . import dora
+from .choice import AdapterChoice
 from .merged import MergedWeight
 from .mixed import Batch, Rows, by_group, run_lora
 from .scaling import Scaling, scaling_buffer
 
-_MODULE_KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")
-_PARAMETER_KINDS = ("lora_embedding_A", "lora_embedding_B")
 
-
-class LoraLayer(MergedWeight, nn.Module):
+class LoraLayer(AdapterChoice, MergedWeight, nn.Module):
     """A frozen ``base_layer`` and low-rank updates to its weight, by adapter name.
 
     Attributes:
@@ -239,77 +236,6 @@ class LoraLayer(MergedWeight, nn.Module):
     def _known(self, adapter_name):
         if adapter_name not in self.r:
             raise ValueError(f"adapter_name: no adapter '{adapter_name}' here; adapters: {list(self.r)}")
-
-    # Choosing
-
-    def set_adapter(self, adapter_names, inference_mode=False):
-        """Makes one adapter (or a list of them) active and trainable, all others inactive and frozen.
-
-        Names that this layer does not have are ignored: an adapter need not touch every layer. A merged layer
-        is unmerged first, with a warning.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
-        if self._merged:
-            warnings.warn("set_adapter: the layer is merged; it is unmerged first", stacklevel=2)
-            self.unmerge()
-        self._choose(names, () if inference_mode else names)
-
-    def _choose(self, names, trained):
-        """Makes ``names`` active and ``trained`` trainable. Nothing is merged; ``names`` may be shared by layers."""
-        state = self.__dict__  # nn.Module's ways to read and set attributes would be most of the cost
-        modules = state["_modules"]
-        for kind in _MODULE_KINDS:
-            for name, module in modules[kind].__dict__["_modules"].items():
-                wanted = name in trained
-                for factor in module.__dict__["_parameters"].values():
-                    if factor is not None:
-                        factor.requires_grad = wanted
-        for kind in _PARAMETER_KINDS:
-            for name, factor in modules[kind].__dict__["_parameters"].items():
-                factor.requires_grad = name in trained
-        state["_active_adapter"] = names
-        self._reroute()
-
-    def set_requires_grad(self, adapter_names, requires_grad=True):
-        """Freezes or unfreezes the factors of the adapters named."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for factor in self._parameters_of(name):
-                if factor is not None:
-                    factor.requires_grad_(requires_grad)
-
-    def _parameters_of(self, adapter_name):
-        for kind in self.adapter_layer_names:
-            entries = self._modules[kind]
-            if adapter_name in entries._modules:
-                yield from entries._modules[adapter_name]._parameters.values()
-            elif adapter_name in entries._parameters:
-                yield entries._parameters[adapter_name]
-
-    def enable_adapters(self, enabled):
-        """Turns the adapters off (the layer then gives what the base layer alone does) or on again."""
-        self.__dict__["_disable_adapters"] = not enabled
-        self._reroute()
-
-    def set_scale(self, adapter, scale):
-        """Sets the scaling to ``scale`` times the one that ``lora_alpha`` and ``r`` give."""
-        self._known(adapter)
-        self.scaling[adapter] = scale * self._own_scaling(adapter)
-
-    def scale_layer(self, scale):
-        """Multiplies the scaling of the active adapters by ``scale``."""
-        for name in self._active_adapter:
-            if name in self.r:
-                self.scaling[name] = self.scaling[name] * scale
-
-    def unscale_layer(self, scale=None):
-        """Divides the scaling of the active adapters by ``scale``, or restores it when None."""
-        for name in self._active_adapter:
-            if name in self.r:
-                self.scaling[name] = self._own_scaling(name) if scale is None else self.scaling[name] / scale
-
-    def _own_scaling(self, name):
-        r = self.r[name]
-        return self.scaling_factor * self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
 
     # Computing
 
