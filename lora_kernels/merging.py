@@ -2,12 +2,37 @@
 
 import warnings
 
+from . import ops
 from .layers import LoraLayer, TrainableTokensLayer, TrainableTokensWrapper
-from .layers.atomic import all_or_none
+from .layers.atomic import Together, all_or_none
 from .layers.merged import replaced, warn_of_merged
 from .layers.tied import part, rejoin
 from .tying import warn_of_tied_targets
 from .walk import named_modules
+
+
+class _Sums:
+    """The layers of ``work``, layer -> adapter names, in which these go in or out as one sum into one matrix.
+
+    Args:
+        op: ``merge_list_`` or ``unmerge_list_``: one call for all of them.
+        terms, note: the names of the methods of a layer that say what is summed, and take note of it afterwards.
+    """
+
+    def __init__(self, work, op, terms, note):
+        self.work = {x: names for x, names in work.items() if isinstance(x, LoraLayer) and x.is_one_sum(names)}
+        self.op, self.terms, self.note = op, terms, note
+
+    def add(self):
+        """All of them, or none and False: one is refused, and merging one by one says which."""
+        try:
+            sums = [getattr(layer, self.terms)(names) for layer, names in self.work.items()]
+            self.op([weight for weight, _ in sums], [adapter for _, adapter in sums])
+        except (TypeError, ValueError):
+            return False
+        for layer, names in self.work.items():
+            getattr(layer, self.note)(names)
+        return True
 
 
 class ModelMerging:
@@ -59,7 +84,13 @@ class ModelMerging:
                     )
         warn_of_tied_targets(self)
         part(work, self.model)
-        self._all_or_none(list(work), lambda layer: layer.merge(adapter_names=work[layer], exact=exact), progressbar)
+        one_by_one = exact or progressbar
+        self._all_or_none(
+            list(work),
+            lambda layer: layer.merge(adapter_names=work[layer], exact=exact),
+            progressbar,
+            together=None if one_by_one else _Sums(work, ops.merge_list_, "sum_to_merge", "note_merged"),
+        )
 
     def unmerge_adapter(self, adapter_names=None):
         """Takes merged updates (default: all of them) out of the weights again.
@@ -78,11 +109,12 @@ class ModelMerging:
             self._known(names)
             self._known_merged(names, layers)
             layers = [layer for layer in layers if set(names) & set(layer.merged_adapters)]
-            self._all_or_none(layers, lambda layer: layer.unmerge([n for n in names if n in layer.merged_adapters]))
-            return
-        if not layers:
+        elif not layers:
             warnings.warn("unmerge_adapter: no adapter is merged", stacklevel=3)
-        self._all_or_none(layers, lambda layer: layer.unmerge())
+        merged = {layer: list(layer.merged_adapters) for layer in layers}
+        work = {x: m if adapter_names is None else [n for n in names if n in m] for x, m in merged.items()}
+        sums = _Sums(work, ops.unmerge_list_, "sum_to_take_out", "note_taken_out")
+        self._all_or_none(layers, lambda layer: layer.unmerge(work[layer]), together=sums)
 
     def switch_adapter(self, adapter_name, new=None):
         """``switch_adapter("new")`` replaces all that is merged, ``switch_adapter("old", "new")`` one merged adapter.
@@ -134,19 +166,31 @@ class ModelMerging:
 
         self._all_or_none(layers, switch, finish=activate)
 
-    def _all_or_none(self, layers, action, progressbar=False, finish=lambda: None):
+    def _all_or_none(self, layers, action, progressbar=False, finish=lambda: None, together=None):
+        """``action`` on each of ``layers``; what ``together``, a :class:`_Sums`, can do at once it does first."""
+
         def named(layer):
             try:
                 action(layer)
             except ValueError as error:
                 raise ValueError(f"'{self._path(layer)}': {error}") from error
 
+        def step(one):
+            if not isinstance(one, Together):
+                named(one)
+            elif not together.add():
+                for layer in one.layers:
+                    named(layer)
+
+        if together is not None and len(together.work) > 1:
+            listed = Together(list(together.work))
+            layers = [listed, *[layer for layer in layers if layer not in together.work]]
         if progressbar:
             from tqdm.auto import tqdm
 
             layers = tqdm(layers, desc="Merging")
         try:
-            all_or_none(layers, named, finish)
+            all_or_none(layers, step, finish)
         finally:
             rejoin(self._weighted())
 

@@ -27,6 +27,20 @@ def named_modules(model):
         stack.extend([(before + name, child) for name, child in reversed(module._modules.items())])
 
 
+def each_path(model):
+    """``(parent, name in it, module)`` for every path but those to adapters: a module that is reached by several is
+    there as often."""
+    stack = [(None, "", model)]
+    while stack:
+        found = stack.pop()
+        yield found
+        children = found[2]._modules
+        if "lora_A" in children:
+            stack.append((found[2], "base_layer", children["base_layer"]))
+        else:
+            stack.extend([(found[2], name, child) for name, child in children.items() if child is not None])
+
+
 def submodule(model, path):
     """``model.get_submodule(path)``: by the dicts, where they have all of the path."""
     module = model

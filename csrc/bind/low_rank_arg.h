@@ -24,6 +24,14 @@ inline Matrix weight_matrix(const TensorArg& t) {
   return w;
 }
 
+// First and one past the last address of a matrix.
+inline std::pair<const char*, const char*> extent(const Matrix& m) {
+  const int64_t size = m.dtype == DType::f32 ? 4 : 2;
+  const char* first = static_cast<const char*>(m.data);
+  if (m.rows == 0 || m.cols == 0) return {first, first};
+  return {first, first + size * (1 + (m.rows - 1) * m.row_stride + (m.cols - 1) * m.col_stride)};
+}
+
 inline float scale_of(const TensorArg& scaling, const char* name) {
   STD_TORCH_CHECK(scaling.dim() == 0 && scaling.type() == type_codes().f32, name,
                   ": expected a 0-d float32 tensor");
@@ -36,6 +44,9 @@ inline void check_adapter(const Matrix& m, const char* name, int64_t rows, int64
                   "), got (", m.rows, ", ", m.cols, ")");
   STD_TORCH_CHECK(m.dtype == w.dtype || m.dtype == DType::f32, name,
                   ": expected the dtype of weight or float32");
+  const auto own = extent(m), written = extent(w);
+  STD_TORCH_CHECK(own.second <= written.first || written.second <= own.first, name,
+                  ": shares memory with the weight");
 }
 
 struct Names {

@@ -1,5 +1,5 @@
-// merge_, merge_is_finite, switch_ and dropout_mask for CPU tensors: arguments checked, then raw
-// pointers to the kernels. The schemas are in lora_kernels/ops/library.py.
+// merge_, merge_list_, merge_is_finite, switch_ and dropout_mask for CPU tensors: arguments
+// checked, then raw pointers to the kernels. The schemas are in lora_kernels/ops/library.py.
 #include <cmath>
 
 #include "lora_kernels/merge.h"
@@ -8,12 +8,38 @@
 namespace lora_kernels {
 namespace {
 
+// weight, lora_a, lora_b, scaling.
+Merge merge_of(const TensorArg* args, double sign) {
+  Merge one = {weight_matrix(args[0]), {}, 1};
+  one.terms[0] = low_rank(args + 1, kOnly, sign, one.w);
+  return one;
+}
+
 void merge_op(StableIValue* stack, uint64_t, uint64_t) {
   const double sign = take<double>(stack[4]);
   const Args<4> args(stack);
-  const Matrix w = weight_matrix(args.tensor[0]);
-  const LowRank term = low_rank(args.tensor + 1, kOnly, sign, w);
-  merge(w, &term, 1);
+  const Merge one = merge_of(args.tensor, sign);
+  merge(&one, 1);
+}
+
+// Every weight and factor is checked before the first weight is written.
+void merge_list_op(StableIValue* stack, uint64_t, uint64_t) {
+  const double sign = take<double>(stack[4]);
+  constexpr size_t kParts = 4;
+  std::vector<TensorArg> lists[kParts];
+  for (size_t part = 0; part < kParts; ++part) lists[part] = take_list(stack[part]);
+  const size_t count = lists[0].size();
+  std::vector<TensorArg> args(kParts * count);
+  for (size_t part = 0; part < kParts; ++part) {
+    STD_TORCH_CHECK(lists[part].size() == count,
+                    "merge_list_: expected as many lora_a, lora_b and ", "scalings as weights (",
+                    count, "), got ", lists[part].size());
+    for (size_t i = 0; i < count; ++i) args[kParts * i + part] = std::move(lists[part][i]);
+  }
+  for (TensorArg& arg : args) arg.read();
+  std::vector<Merge> merges;
+  for (size_t i = 0; i < count; ++i) merges.push_back(merge_of(&args[kParts * i], sign));
+  merge(merges.data(), count);
 }
 
 void merge_is_finite_op(StableIValue* stack, uint64_t, uint64_t) {
@@ -28,10 +54,10 @@ void merge_is_finite_op(StableIValue* stack, uint64_t, uint64_t) {
 
 void switch_op(StableIValue* stack, uint64_t, uint64_t) {
   const Args<7> args(stack);
-  const Matrix w = weight_matrix(args.tensor[0]);
-  const LowRank terms[] = {low_rank(args.tensor + 1, kOld, -1.0, w),
-                           low_rank(args.tensor + 4, kNew, 1.0, w)};
-  merge(w, terms, 2);
+  Merge both = {weight_matrix(args.tensor[0]), {}, 2};
+  both.terms[0] = low_rank(args.tensor + 1, kOld, -1.0, both.w);
+  both.terms[1] = low_rank(args.tensor + 4, kNew, 1.0, both.w);
+  merge(&both, 1);
 }
 
 void dropout_mask_op(StableIValue* stack, uint64_t, uint64_t) {
@@ -61,6 +87,7 @@ void dropout_mask_op(StableIValue* stack, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
   m.impl("merge_", &lora_kernels::merge_op);
+  m.impl("merge_list_", &lora_kernels::merge_list_op);
   m.impl("merge_is_finite", &lora_kernels::merge_is_finite_op);
   m.impl("switch_", &lora_kernels::switch_op);
   m.impl("dropout_mask", &lora_kernels::dropout_mask_op);

@@ -5,11 +5,12 @@
 // no copy of anything.
 #include <cstdlib>
 #include <new>
+#include <vector>
 
 #include "lora_kernels/isa.h"
 #include "merge_job.h"
 
-LK_DECLARE_FOR_ISAS(void merge_job(const MergeJob& job);
+LK_DECLARE_FOR_ISAS(void merge_jobs(const MergeJob* jobs, size_t count);
                     bool merge_finite_job(const MergeJob& job);)
 
 namespace lora_kernels {
@@ -57,10 +58,16 @@ void* merge_scratch(size_t bytes) {
   return buffer.data;
 }
 
-void merge(const Matrix& w, const LowRank* terms, int num_terms) {
-  static const auto kernel = LK_SELECT_ISA(merge_job);
-  const MergeJob job = make_merge_job(w, terms, num_terms);
-  if (w.rows > 0 && w.cols > 0) kernel(job);
+void merge(const Merge* merges, size_t count) {
+  static const auto kernel = LK_SELECT_ISA(merge_jobs);
+  std::vector<MergeJob> jobs;
+  for (size_t i = 0; i < count; ++i) {
+    const Matrix& w = merges[i].w;
+    if (w.rows > 0 && w.cols > 0) {
+      jobs.push_back(make_merge_job(w, merges[i].terms, merges[i].num_terms));
+    }
+  }
+  kernel(jobs.data(), jobs.size());
 }
 
 bool merge_is_finite(const Matrix& w, const LowRank& term) {

@@ -105,7 +105,7 @@ bool merged_rows_finite(const MergeJob& job, int64_t i, int64_t n, T* copy) {
   Matrix& b = part.terms[0].b;
   b.rows = n;
   b.data = static_cast<char*>(b.data) + i * b.row_stride * dtype_size(b.dtype);
-  merge_job(part);
+  merge_jobs(&part, 1);
   return max_magnitude(copy, n * w.cols, 1) < limits(T{}).inf_bits;
 }
 

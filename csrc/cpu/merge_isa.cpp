@@ -13,6 +13,7 @@
 #include "merge_isa.h"
 
 #include <cstring>
+#include <vector>
 
 namespace lora_kernels {
 namespace LK_ISA {
@@ -281,63 +282,74 @@ Groups make_groups(const MergeJob& job) {
   return g;
 }
 
+// One merge cut into items, each a block of columns of kUnitRows rows; a thread may do any run of
+// them. Block-major: it keeps its packed A while it walks down the rows.
+struct Cut {
+  const MergeJob* job;
+  Groups groups;
+  int64_t panels, per_block, units, items;
+  void (*work)(const Cut& cut, int64_t begin, int64_t end);
+  int64_t item_elems() const { return per_block * kCols * kUnitRows; }
+};
+
 template <class Path, class T, bool kMany>
-void run(const MergeJob& job, const Groups& groups) {
+void work(const Cut& cut, int64_t begin, int64_t end) {
   using Elem = typename Path::Elem;
+  const MergeJob& job = *cut.job;
+  const Groups& groups = cut.groups;
   const Matrix& w = job.w;
   const int64_t panel_elems = groups.total * kCols;
-  const int64_t panels = (w.cols + kCols - 1) / kCols;
-  int64_t per_block = kBlockBytes / (panel_elems * 4);
-  per_block = per_block < 1 ? 1 : per_block > panels ? panels : per_block;
-  const int64_t blocks = (panels + per_block - 1) / per_block;
-  per_block = (panels + blocks - 1) / blocks;
-  const int64_t units = (w.rows + kUnitRows - 1) / kUnitRows;
-  const int64_t grain = (kGrainElems - 1) / (per_block * kCols * kUnitRows) + 1;
-
-  // Block-major: a thread keeps its packed A while it walks down the rows.
-  parallel_for(blocks * units, grain, [&](int64_t begin, int64_t end) {
-    Elem* a = static_cast<Elem*>(
-        merge_scratch(static_cast<size_t>(per_block * panel_elems + kRows * groups.total) * 4));
-    Elem* b = a + per_block * panel_elems;
-    int64_t packed = -1;
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t block = item / units, row0 = item % units * kUnitRows;
-      const int64_t first = block * per_block;
-      const int64_t last = first + per_block < panels ? first + per_block : panels;
-      if (packed != block) {
-        for (int64_t p = first; p < last; ++p) {
-          const int64_t left = w.cols - p * kCols;
-          pack_panel(a + (p - first) * panel_elems, job, p * kCols, left < kCols ? left : kCols);
-        }
-        packed = block;
+  Elem* a = static_cast<Elem*>(
+      merge_scratch(static_cast<size_t>(cut.per_block * panel_elems + kRows * groups.total) * 4));
+  Elem* b = a + cut.per_block * panel_elems;
+  int64_t packed = -1;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t block = item / cut.units, row0 = item % cut.units * kUnitRows;
+    const int64_t first = block * cut.per_block;
+    const int64_t last = first + cut.per_block < cut.panels ? first + cut.per_block : cut.panels;
+    if (packed != block) {
+      for (int64_t p = first; p < last; ++p) {
+        const int64_t left = w.cols - p * kCols;
+        pack_panel(a + (p - first) * panel_elems, job, p * kCols, left < kCols ? left : kCols);
       }
-      const int64_t row1 = row0 + kUnitRows < w.rows ? row0 + kUnitRows : w.rows;
-      for (int64_t i = row0; i < row1; i += kRows) {
-        const int64_t rows = row1 - i < kRows ? row1 - i : kRows;
-        if (rows < kRows) std::memset(b, 0, static_cast<size_t>(kRows * groups.total) * 4);
-        for (int64_t y = 0; y < rows; ++y) pack_row(b + y * groups.total, job, i + y);
-        for (int64_t p = first; p < last; ++p) {
-          const int64_t j = p * kCols;
-          const int64_t cols = w.cols - j < kCols ? w.cols - j : kCols;
-          const Elem* panel = a + (p - first) * panel_elems;
-          if (rows == kRows && cols == kCols && w.col_stride == 1) {
-            T* at = static_cast<T*>(w.data) + i * w.row_stride + j;
-            prefetch(at + kRows * w.row_stride, w.row_stride);
-            tile<Path, T, kMany>(at, w.row_stride, panel, b, groups);
-          } else {
-            edge_tile<Path, T, kMany>(w, i, j, rows, cols, panel, b, groups);
-          }
+      packed = block;
+    }
+    const int64_t row1 = row0 + kUnitRows < w.rows ? row0 + kUnitRows : w.rows;
+    for (int64_t i = row0; i < row1; i += kRows) {
+      const int64_t rows = row1 - i < kRows ? row1 - i : kRows;
+      if (rows < kRows) std::memset(b, 0, static_cast<size_t>(kRows * groups.total) * 4);
+      for (int64_t y = 0; y < rows; ++y) pack_row(b + y * groups.total, job, i + y);
+      for (int64_t p = first; p < last; ++p) {
+        const int64_t j = p * kCols;
+        const int64_t cols = w.cols - j < kCols ? w.cols - j : kCols;
+        const Elem* panel = a + (p - first) * panel_elems;
+        if (rows == kRows && cols == kCols && w.col_stride == 1) {
+          T* at = static_cast<T*>(w.data) + i * w.row_stride + j;
+          prefetch(at + kRows * w.row_stride, w.row_stride);
+          tile<Path, T, kMany>(at, w.row_stride, panel, b, groups);
+        } else {
+          edge_tile<Path, T, kMany>(w, i, j, rows, cols, panel, b, groups);
         }
       }
     }
-  });
+  }
 }
 
 template <class Path, class T>
-void run(const MergeJob& job) {
-  const Groups groups = make_groups<Path>(job);
-  const bool many = groups.first < groups.total || groups.total > kChunk;
-  many ? run<Path, T, true>(job, groups) : run<Path, T, false>(job, groups);
+Cut cut(const MergeJob& job) {
+  Cut c;
+  c.job = &job;
+  c.groups = make_groups<Path>(job);
+  c.panels = (job.w.cols + kCols - 1) / kCols;
+  int64_t per_block = kBlockBytes / (c.groups.total * kCols * 4);
+  per_block = per_block < 1 ? 1 : per_block > c.panels ? c.panels : per_block;
+  const int64_t blocks = (c.panels + per_block - 1) / per_block;
+  c.per_block = (c.panels + blocks - 1) / blocks;
+  c.units = (job.w.rows + kUnitRows - 1) / kUnitRows;
+  c.items = blocks * c.units;
+  const bool many = c.groups.first < c.groups.total || c.groups.total > kChunk;
+  c.work = many ? &work<Path, T, true> : &work<Path, T, false>;
+  return c;
 }
 
 #ifdef LK_HAS_BF16_DOT
@@ -350,17 +362,35 @@ bool all_bf16(const MergeJob& job) {
 }
 #endif
 
+Cut cut(const MergeJob& job) {
+#ifdef LK_HAS_BF16_DOT
+  if (all_bf16(job)) return cut<DotPath, bf16>(job);
+#endif
+  if (job.w.dtype == DType::f32) return cut<FloatPath, float>(job);
+  if (job.w.dtype == DType::bf16) return cut<FloatPath, bf16>(job);
+  return cut<FloatPath, f16>(job);
+}
+
 }  // namespace
 
-void merge_job(const MergeJob& job) {
-#ifdef LK_HAS_BF16_DOT
-  if (all_bf16(job)) {
-    return run<DotPath, bf16>(job);
+// All jobs are one run of elements, of which each thread takes a share: the items that start in it.
+void merge_jobs(const MergeJob* jobs, size_t count) {
+  std::vector<Cut> cuts;
+  int64_t total = 0;
+  for (size_t i = 0; i < count; ++i) {
+    cuts.push_back(cut(jobs[i]));
+    total += cuts[i].items * cuts[i].item_elems();
   }
-#endif
-  if (job.w.dtype == DType::f32) return run<FloatPath, float>(job);
-  if (job.w.dtype == DType::bf16) return run<FloatPath, bf16>(job);
-  return run<FloatPath, f16>(job);
+  parallel_for(total, kGrainElems, [&](int64_t begin, int64_t end) {
+    for (const Cut& c : cuts) {
+      const int64_t each = c.item_elems(), whole = c.items * each;
+      const int64_t from = begin < 0 ? 0 : (begin + each - 1) / each;
+      const int64_t to = end < 0 ? 0 : end < whole ? (end + each - 1) / each : c.items;
+      if (from < to) c.work(c, from, to);
+      begin -= whole;
+      end -= whole;
+    }
+  });
 }
 
 }  // namespace LK_ISA

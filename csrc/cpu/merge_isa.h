@@ -7,7 +7,7 @@
 namespace lora_kernels {
 namespace LK_ISA {
 
-void merge_job(const MergeJob& job);
+void merge_jobs(const MergeJob* jobs, size_t count);
 bool merge_finite_job(const MergeJob& job);
 
 LK_INLINE float element(const Matrix& m, int64_t i, int64_t j) {

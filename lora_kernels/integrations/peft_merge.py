@@ -80,8 +80,12 @@ class LoraModel(PeftLoraModel):
         if _offloaded(self.model):
             return super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         self._check_merge_allowed()
+        one_by_one = safe_merge or isinstance(adapter_names, str)
+        work = {} if one_by_one else self._sums(lambda x: x.active_adapters if adapter_names is None else adapter_names)
+        for layer, updates in work.items() if _in_one_call(ops.merge_list_, work) else ():
+            layer.merged_adapters.extend(updates)
         for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer):
+            if isinstance(module, BaseTunerLayer) and not (module in work and module.merged_adapters):
                 module.merge(adapter_names=adapter_names, safe_merge=safe_merge)
         return None
 
@@ -89,10 +93,26 @@ class LoraModel(PeftLoraModel):
         """As PEFT's."""
         if _offloaded(self.model):
             return super().unmerge_adapter()
+        work = self._sums(lambda layer: layer.merged_adapters, merged=True)
+        for layer in work if _in_one_call(ops.unmerge_list_, work) else ():
+            layer.merged_adapters.clear()
         for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer):
+            if isinstance(module, BaseTunerLayer) and (module not in work or module.merged_adapters):
                 module.unmerge()
         return None
+
+    def _sums(self, names_of, merged=False):
+        """Layer -> ``{name: (weight, lora_a, lora_b)}`` where one call can merge, or unmerge, all that is to be.
+
+        All of it is ours, and nothing else is merged: there is nothing to warn of or to refuse.
+        """
+        work = {}
+        for layer in self.model.modules():
+            if isinstance(layer, Merging) and bool(layer.merged_adapters) is merged:
+                updates = layer._updates([n for n in names_of(layer) if n in layer.r])
+                if updates:
+                    work[layer] = updates
+        return work
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
@@ -133,6 +153,16 @@ class Rows:
     """A layer that takes one adapter a row from ``_row_adapters``, which its model sets for the time of a call."""
 
     _row_adapters = None
+
+
+def _in_one_call(op, work):
+    """Whether ``merge_list_`` or ``unmerge_list_`` has taken all of ``work``; else it has written nothing."""
+    updates = [(update, layer.scaling[name]) for layer, found in work.items() for name, update in found.items()]
+    try:
+        op([weight for (weight, _, _), _ in updates], [(a, b, scale) for (_, a, b), scale in updates])
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _name_rows(module, args, kwargs, adapter_names):

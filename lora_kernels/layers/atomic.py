@@ -47,11 +47,25 @@ def signals_wait():
     waiting.deliver()
 
 
+class Together:
+    """Layers that change in one step, as one of those that :func:`all_or_none` takes."""
+
+    def __init__(self, layers):
+        self.layers = layers
+
+    def merge_state(self):
+        return [layer.merge_state() for layer in self.layers]
+
+    def restore_merged(self, states):
+        for layer, state in zip(self.layers, states, strict=True):
+            layer.restore_merged(state)
+
+
 def all_or_none(layers, action, finish=lambda: None):
     """``action(layer)`` on each; after any error, or a signal whose handler raises, every layer is as before.
 
     Args:
-        layers: iterable of :class:`MergedWeight`.
+        layers: iterable of :class:`MergedWeight` or :class:`Together`.
         action: takes a layer from one state to another, or raises and leaves it as it was.
         finish: called when all is done; must not fail.
     """

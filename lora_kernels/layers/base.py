@@ -89,9 +89,9 @@ class LoraLayer(AdapterChoice, MergedWeight, nn.Module):
 
     def get_base_layer(self):
         """The layer below all adapters."""
-        base = self.base_layer
+        base = self._modules["base_layer"]
         while isinstance(base, LoraLayer):
-            base = base.base_layer
+            base = base._modules["base_layer"]
         return base
 
     @property

@@ -121,7 +121,8 @@ class LoraLinear(LoraLayer):
         )
 
     def _factors(self, name):
-        return self.lora_A[name].weight, self.lora_B[name].weight
+        modules = self._modules
+        return modules["lora_A"]._modules[name].weight, modules["lora_B"]._modules[name].weight
 
     def forward(self, x, *args, **kwargs):
         if self._rows.batch is not None:

@@ -11,6 +11,7 @@ import torch
 
 from .. import ops
 from ..ops import dispatch
+from ..ops.checks import DTYPES
 from ..ops.scalars import scaling_tensor
 from ..ops.wide import wide
 from . import apart
@@ -54,14 +55,22 @@ class MergedWeight:
                 raise ValueError("weight: the merged weight would hold Inf or NaN; nothing was changed")
             all_or_none([self], lambda layer: apart.add(layer, {name: layer.scaling[name] for name in names}))
             return
-        a, b, scale = self._stacked(names, self._current_scaling(names))
+        weight, adapter = self.sum_to_merge(names)
 
         def add(layer):
-            ops.merge_(layer._matrices()[0], a, b, scale, safe=safe_merge)
-            layer._merged.update({name: layer.scaling[name] for name in names})
-            layer._reroute()
+            ops.merge_(weight, *adapter, safe=safe_merge)
+            layer.note_merged(names)
 
         all_or_none([self], add)
+
+    def sum_to_merge(self, names):
+        """``weight, (lora_a, lora_b, scaling)``: what merging plain adapters, not merged yet, adds to what."""
+        return self._matrices()[0], self._stacked(names, self._current_scaling(names))
+
+    def note_merged(self, names):
+        """The sum of ``names`` was added to the weight."""
+        self._merged.update({name: self.scaling[name] for name in names})
+        self._reroute()
 
     def unmerge(self, adapter_names=None):
         """Takes the updates of ``adapter_names`` (default: all merged ones) out of the base weight again.
@@ -84,14 +93,26 @@ class MergedWeight:
         if apart.applies(self, names):
             all_or_none([self], lambda layer: apart.take_out(layer, names))
             return
-        a, b, scale = self._stacked(names, [self._merged[name] for name in names])
+        weight, adapter = self.sum_to_take_out(names)
 
         def take_out(layer):
-            ops.unmerge_(layer._matrices()[0], a, b, scale)
-            layer._merged = {n: s for n, s in layer._merged.items() if n not in names}
-            layer._reroute()
+            ops.unmerge_(weight, *adapter)
+            layer.note_taken_out(names)
 
         all_or_none([self], take_out)
+
+    def sum_to_take_out(self, names):
+        """``weight, (lora_a, lora_b, scaling)``: what unmerging plain adapters takes out of what."""
+        return self._matrices()[0], self._stacked(names, [self._merged[name] for name in names])
+
+    def note_taken_out(self, names):
+        """The sum of ``names`` was taken out of the weight."""
+        self._merged = {n: s for n, s in self._merged.items() if n not in names}
+        self._reroute()
+
+    def is_one_sum(self, names):
+        """Whether merging or unmerging these adapters is one sum into one matrix that the ops of merging take."""
+        return not (self._residuals or apart.applies(self, names)) and self.weight.dtype in DTYPES
 
     def switch(self, adapter_name, new=None):
         """``switch(new)`` replaces what is merged by ``new``; ``switch(old, new)`` only ``old``. ``new`` gets active.

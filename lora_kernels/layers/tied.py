@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import nn
 
+from ..walk import each_path
 from .embedding import LoraEmbedding
 
 
@@ -66,17 +67,17 @@ def part(layers, model):
 
     What was merged into the shared weight would change what the others compute.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    users, used = {}, {}  # of each parameter and of each module: the layers around it, or it itself
-    for path, module in modules.items():
-        owner = modules[path.rpartition(".")[0]] if path.endswith("base_layer") else module
+    weights = {layer: layer.get_base_layer()._parameters.get(layer.weight_name) for layer in layers}
+    users = {id(weight): {} for weight in weights.values()}  # of each weight and of each module: the layers around it,
+    used = {}  # or it itself
+    for parent, name, module in each_path(model):
+        owner = parent if name == "base_layer" else module
         used.setdefault(id(module), set()).add(id(owner))
         for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), {})[id(owner)] = owner
-    for layer in layers:
-        weight = layer.get_base_layer()._parameters.get(layer.weight_name)
-        owners = users.get(id(weight), {})
+            if id(parameter) in users:
+                users[id(parameter)][id(owner)] = owner
+    for layer, weight in weights.items():
+        owners = users[id(weight)]
         family = [layer, *(o for o in owners.values() if o is not layer and getattr(o, "holder", None) is layer)]
         if len(owners) > 1 and set(owners) - {id(one) for one in family}:
             own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)

@@ -210,7 +210,12 @@ def test_failure_half_way_unwinds(monkeypatch, op, error):
             raise error
         return plain(*args, **kwargs)
 
+    def refusing(weights, adapters):
+        raise ValueError("one by one, then")
+
     monkeypatch.setattr(ops, f"{op}_", failing)
+    monkeypatch.setattr(ops, "merge_list_", refusing)
+    monkeypatch.setattr(ops, "unmerge_list_", refusing)
     with pytest.raises(type(error)):
         {"merge": model.merge_adapter, "unmerge": model.unmerge_adapter, "switch": lambda: model.switch_adapter("b")}[
             op
@@ -220,6 +225,36 @@ def test_failure_half_way_unwinds(monkeypatch, op, error):
     for name, value in weights(model).items():
         torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model(token_ids()), expected)
+
+
+@pytest.mark.parametrize("op", ["merge", "unmerge"])
+def test_a_model_is_merged_in_one_call_or_not_at_all(monkeypatch, op):
+    model = wrapped()
+    before, calls = weights(model), []
+    expected = wrapped()
+    for layer in expected.base_model.layers():
+        layer.merge()
+    if op == "unmerge":
+        model.merge_adapter()
+    started, plain = weights(model), getattr(ops, f"{op}_list_")
+
+    def counting(weights, adapters):
+        calls.append(len(weights))
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        plain(weights, adapters)
+
+    monkeypatch.setattr(ops, f"{op}_list_", counting)
+    run = getattr(model, f"{op}_adapter")
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert all(torch.equal(value, started[name]) for name, value in weights(model).items())
+    assert all(bool(layer.merged_adapters) is (op == "unmerge") for layer in model.base_model.layers())
+    run()
+    assert calls == [len(model.base_model.layers())] * 2
+    wanted = weights(expected) if op == "merge" else before
+    for name, value in weights(model).items():
+        torch.testing.assert_close(value, wanted[name], rtol=0 if op == "merge" else 1e-5, atol=1e-6)
 
 
 def test_safe_merge_of_nan_touches_no_weight():
@@ -372,7 +407,7 @@ def test_a_failed_merge_leaves_a_shared_weight_shared(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(layers[1], "merge", fail)
+    monkeypatch.setattr(layers[1], "sum_to_merge", fail)
     with pytest.raises(RuntimeError, match="broken"):
         model.merge_adapter()
     assert all(layer.weight is shared and not layer.merged for layer in layers)

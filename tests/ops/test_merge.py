@@ -78,9 +78,21 @@ def test_a_list_with_one_bad_adapter_changes_nothing(backend):
     assert all(torch.equal(case.weight, was) for case, was in zip(cases, before, strict=True))
 
 
+def test_a_list_refuses_a_factor_that_lies_in_its_weight(backend):
+    room = torch.randn(32, 24)
+    good, bad = make_linear(1, 24, 24, 4), make_linear(1, 24, 24, 4, seed=1)
+    weights, before = [good.weight, room[:24]], room.clone()
+    for lora_a, lora_b in ((room[20:24], bad.lora_b), (bad.lora_a, room[4:28, 20:])):
+        with pytest.raises(ValueError, match=r"weight: shares memory with adapters\[1\]"):
+            merge_list_(weights, [(good.lora_a, good.lora_b, 1.0), (lora_a, lora_b, 1.0)])
+    assert torch.equal(room, before)
+    merge_list_(weights, [(good.lora_a, good.lora_b, 1.0), (room[24:28], bad.lora_b, 1.0)])
+    assert not torch.equal(room[:24], before[:24])
+
+
 def test_one_call_takes_only_weights_that_do_not_overlap(monkeypatch):
-    """As on a GPU with a kernel for lists."""
-    monkeypatch.setattr(api.cuda_choice, "takes_lists", lambda weight, forced: weight.stride(1) == 1)
+    """As on a GPU, where the kernel for lists takes weights by rows alone."""
+    monkeypatch.setattr(api, "_takes_lists", lambda weight: weight.stride(1) == 1)
     calls = []
     monkeypatch.setattr(api.dispatch, "select", lambda name, weight: lambda *args: calls.append((name, args)))
     room = torch.zeros(24, 100)

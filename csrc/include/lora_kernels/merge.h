@@ -1,6 +1,7 @@
 // Merge family: W += sum over terms of scale * B A, in place, one pass over W. Plain C++ interface.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "lora_kernels/cpu.h"
@@ -22,12 +23,19 @@ struct LowRank {
 
 constexpr int kMaxTerms = 2;
 
-// w (N, K), any strides, no two elements at one address. Accumulated in float32 over the terms'
-// ranks in ascending order and rounded once, to nearest even; the same bits on any thread count.
-void merge(const Matrix& w, const LowRank* terms, int num_terms);
+// One weight, w (N, K), any strides, no two elements at one address, and its updates.
+struct Merge {
+  Matrix w;
+  LowRank terms[kMaxTerms];
+  int num_terms;
+};
 
-// Whether merge(w, term) would leave only finite elements in w; w is only read. False when w, a, b
-// or the scale holds an Inf or NaN.
+// Weights that do not overlap. Accumulated in float32 over the terms' ranks in ascending order and
+// rounded once, to nearest even; the same bits on any thread count, alone or in a list.
+void merge(const Merge* merges, size_t count);
+
+// Whether merging term into w would leave only finite elements in w; w is only read. False when w,
+// a, b or the scale holds an Inf or NaN.
 bool merge_is_finite(const Matrix& w, const LowRank& term);
 
 }  // namespace lora_kernels

@@ -1,6 +1,8 @@
 """``merge_``, ``unmerge_`` and ``switch_``: the update into the weight, in place, in one pass; a list at a time too."""
 
-from .. import checks, cuda_choice, dispatch
+import itertools
+
+from .. import checks, cuda_choice, dispatch, library
 from ..linear.api import mark_written
 from ..scalars import scaling_tensor
 
@@ -44,10 +46,11 @@ def _apply(weight, lora_a, lora_b, scaling, sign, safe):
 
 
 def merge_list_(weights, adapters):
-    """:func:`merge_` over many weights, a whole model's at once: on a GPU in a launch for every 35 of them.
+    """:func:`merge_` over many weights, a whole model's at once: on a CPU in one call whose threads share all of the
+    elements, on a GPU in a launch for every 35 weights.
 
-    The pointers are arguments of the kernel: nothing is uploaded and the host does not wait. A CUDA graph keeps them,
-    so it must be captured anew when a weight or a factor moves; values may change.
+    On a GPU the pointers are arguments of the kernel: nothing is uploaded and the host does not wait. A CUDA graph
+    keeps them, so it must be captured anew when a weight or a factor moves; values may change.
 
     Args:
         weights: a sequence of weights as in :func:`merge_`, on any devices. Written, in order.
@@ -73,27 +76,45 @@ def _apply_list(weights, adapters, sign):
         name = f"adapters[{index}]"
         if not isinstance(adapter, (tuple, list)) or len(adapter) != 3:
             raise TypeError(f"{name}: expected (lora_a, lora_b, scaling), got {adapter!r:.80}")
-        lora_a, lora_b, scaling = adapter
-        checks.merge(weight, lora_a, lora_b, (f"{name}[0] (lora_a)", f"{name}[1] (lora_b)"))
-        terms.append((weight, lora_a, lora_b, scaling_tensor(scaling, weight, f"{name}[2] (scaling)")))
-        if weight.is_cuda and dispatch.forced in cuda_choice.PREFERENCE:
-            cuda_choice.refuse(dispatch.forced, "merge_", terms[-1])
-    for group in _together(terms):
-        if len(group) == 1:
-            dispatch.select("merge_", group[0][0])(*group[0], sign)
-        else:
-            dispatch.select("merge_list_", group[0][0])(*map(list, zip(*group, strict=True)), sign)
+        checks.tensor("weights", weight)
+        terms.append((weight, *adapter[:2], scaling_tensor(adapter[2], weight, f"{name}[2] (scaling)")))
+    groups = _together(terms)
+    # One call of the native kernel checks all before it writes; several, or others, are checked here first.
+    checks_itself = len(groups) == 1 and not dispatch.check_first and all(w.device.type == "cpu" for w in weights)
+    if not checks_itself:
+        _check_terms(terms)
+    try:
+        for group in groups:
+            if len(group) == 1:
+                dispatch.select("merge_", group[0][0])(*group[0], sign)
+            else:
+                dispatch.select("merge_list_", group[0][0])(*map(list, zip(*group, strict=True)), sign)
+    except RuntimeError:
+        if checks_itself:
+            _check_terms(terms)
+        raise
     for weight in weights:
         mark_written(weight)
 
 
+def _check_terms(terms):
+    for index, term in enumerate(terms):
+        checks.merge(*term[:3], (f"adapters[{index}][0] (lora_a)", f"adapters[{index}][1] (lora_b)"))
+        if term[0].is_cuda and dispatch.forced in cuda_choice.PREFERENCE:
+            cuda_choice.refuse(dispatch.forced, "merge_", term)
+
+
 def _together(terms):
-    """The terms in lists that one call may take: weights of one GPU of which no two overlap, where a kernel for lists
-    runs there; one by one otherwise."""
+    """The terms in lists that one call may take: weights of one device of which no two overlap, where a kernel for
+    lists runs there; one by one otherwise."""
+    takes = [_takes_lists(term[0]) for term in terms]
+    if all(takes) and len({term[0].device for term in terms}) == 1:
+        ordered = sorted(_span(term[0]) for term in terms)
+        if all(before[1] <= after[0] for before, after in itertools.pairwise(ordered)):
+            return [terms]
     groups, spans, open_ = [], [], False
-    for term in terms:
+    for term, listed in zip(terms, takes, strict=True):
         weight, span = term[0], _span(term[0])
-        listed = cuda_choice.takes_lists(weight, dispatch.forced)
         apart = all(span[0] >= end or start >= span[1] for start, end in spans)
         if listed and open_ and apart and weight.device == groups[-1][0][0].device:
             groups[-1].append(term)
@@ -103,6 +124,12 @@ def _together(terms):
         open_ = listed
         spans.append(span)
     return groups
+
+
+def _takes_lists(weight):
+    if weight.device.type == "cpu":
+        return dispatch.forced in (None, "cpu") and library.has_cpu_kernel("merge_list_")
+    return cuda_choice.takes_lists(weight, dispatch.forced)
 
 
 def _span(weight):
