@@ -80,4 +80,8 @@ def _updated(head, fields):
 
 
 def _quoted(value):
+    """A scalar of YAML: as it is, as PEFT's cards have it, or in quotes where it could be read as something else."""
+    plain = re.fullmatch(r"[A-Za-z][\w./-]*(:[\w./-]+)*", str(value))
+    if plain and value.lower() not in ("true", "false", "yes", "no", "on", "off", "y", "n", "null"):
+        return value
     return "'" + str(value).replace("'", "''") + "'"

@@ -91,7 +91,7 @@ class LoraModel(TunerFacts, ModelMerging, ModelCombining, nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        for layer in self.layers():  # a copied parameter has a storage of its own
+        for layer in self.lora_layers():  # a copied parameter has a storage of its own
             for tie in layer._ties:
                 tie.renew()
 
@@ -103,7 +103,7 @@ class LoraModel(TunerFacts, ModelMerging, ModelCombining, nn.Module):
     def active_adapter(self):
         return self._active[0] if len(self._active) == 1 else list(self._active)
 
-    def layers(self):
+    def lora_layers(self):
         """The LoRA layers of the model."""
         return [part for part in self._parts() if isinstance(part, LoraLayer)]
 
@@ -253,7 +253,7 @@ class LoraModel(TunerFacts, ModelMerging, ModelCombining, nn.Module):
 
     def _freeze_base(self, bias):
         """Only the adapter trains, and the base biases that ``bias`` names."""
-        done = {id(p) for layer in self.layers() for n in layer.r for p in layer._parameters_of(n)}
+        done = {id(p) for layer in self.lora_layers() for n in layer.r for p in layer._parameters_of(n)}
         for module in each_module(self.model):
             for name, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) not in done:

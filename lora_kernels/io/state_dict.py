@@ -68,9 +68,10 @@ def set_peft_model_state_dict(
     """
     required, optional = adapter_keys(model, adapter_name)
     optional = {**optional, **_embedding_keys(model, adapter_name, True, warn=False)}
-    keys = {**optional, **required}
     if not any(name.startswith(PREFIX) for name, _ in model.named_parameters()):
         peft_model_state_dict = {k.removeprefix(PREFIX): v for k, v in peft_model_state_dict.items()}
+    optional.update({key: key for key in peft_model_state_dict if key not in required and _is_base(model, key)})
+    keys = {**optional, **required}
     shapes = {key: _tensor(model, target).shape for key, target in keys.items()}
     tensors = dict(peft_model_state_dict)
     if ignore_mismatched_sizes:
@@ -206,6 +207,17 @@ def _ties(model, adapter_name, keys, tensors):
                 stacklevel=4,
             )
     return kept
+
+
+def _is_base(model, key):
+    """Whether a key is that of a tensor of the base model: a bias that another adapter trained, say."""
+    path, _, name = key.rpartition(".")
+    try:
+        owner = submodule(model, path)
+    except AttributeError:
+        return False
+    inside = re.search(r"\.(lora_\w+|modules_to_save|trainable_tokens_delta)\.", key)
+    return not inside and (owner._parameters.get(name) is not None or owner._buffers.get(name) is not None)
 
 
 def _tensor(model, key):

@@ -1,5 +1,7 @@
 """``LoraAttention``: ``nn.MultiheadAttention``, whose projections are parameters that no module is called for."""
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -120,7 +122,27 @@ class LoraAttention(LoraLayer):
         weights = {name: weight for name, weight in weights.items() if weight is not None}
         if not weights:
             return base(query, *args, **kwargs)
-        return torch.func.functional_call(base, weights, (query, *args), kwargs)
+        with _found(base, weights):
+            return torch.func.functional_call(base, weights, (query, *args), kwargs)
+
+
+@contextlib.contextmanager
+def _found(module, names):
+    """In this context the parameters ``names`` are what their modules give.
+
+    FSDP has views of its flat parameter as attributes beside the parameters, which are looked up first.
+    """
+    aside = []
+    for name in names:
+        path, _, own = name.rpartition(".")
+        attributes = module.get_submodule(path).__dict__
+        if own in attributes:
+            aside.append((attributes, own, attributes.pop(own)))
+    try:
+        yield
+    finally:
+        for attributes, own, value in aside:
+            attributes[own] = value
 
 
 def updated_weight(layer):

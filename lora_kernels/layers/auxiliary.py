@@ -28,6 +28,10 @@ class AuxiliaryTrainingWrapper(nn.Module):
         return [name for name in self._active_adapter if name in self.adapter_names()]
 
     @property
+    def _adapters(self):  # PEFT's name, which libraries look at
+        return set(self.adapter_names())
+
+    @property
     def disable_adapters(self):
         return self._disable_adapters
 

@@ -199,6 +199,11 @@ class LoraLayer(AdapterChoice, MergedWeight, nn.Module):
         self._reroute()
         return replaced
 
+    def reset_lora_parameters(self, adapter_name, init_lora_weights):
+        """Starts an adapter anew: ``init_lora_weights`` is True, "gaussian", or False for no change."""
+        check_init(init_lora_weights, self.r[adapter_name], ("gaussian",), type(self.base_layer).__name__)
+        initialise(self, adapter_name, init_lora_weights)
+
     def _check_options(self, init, r, *, lora_dropout, use_dora, lora_bias):
         """ValueError when this kind of layer has no such adapter. More are refused by some kinds."""
         check_init(init, r, self.inits, type(self.base_layer).__name__)

@@ -207,10 +207,10 @@ def test_convolutions(kind):
     model = lk.get_peft_model(model, lk.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), "a")
     model.add_adapter("b", lk.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
     model.merge_adapter(["a", "b"], exact=True)
-    assert not same_bits(model.base_model.layers()[0].weight, original)
+    assert not same_bits(model.base_model.lora_layers()[0].weight, original)
     model.unmerge_adapter(["a"])
     model.unmerge_adapter()
-    assert same_bits(model.base_model.layers()[0].weight, original)
+    assert same_bits(model.base_model.lora_layers()[0].weight, original)
 
 
 @pytest.mark.parametrize("option", ["use_dora", "lora_bias"])
@@ -219,7 +219,7 @@ def test_what_is_more_than_a_sum_is_refused_by_name(option):
     config = {"r": 4, "target_modules": ["0", "1"], "init_lora_weights": False}
     model = lk.get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), lk.LoraConfig(**config), "plain")
     model.add_adapter("other", lk.LoraConfig(**config, **{option: True}))
-    before = [layer.weight.detach().clone() for layer in model.base_model.layers()]
+    before = [layer.weight.detach().clone() for layer in model.base_model.lora_layers()]
     with pytest.raises(ValueError, match=f"exact: adapter 'other' has {option}=True"):
         model.merge_adapter(["plain", "other"], exact=True)
     model.merge_adapter(["plain"], exact=True)
@@ -227,7 +227,7 @@ def test_what_is_more_than_a_sum_is_refused_by_name(option):
         model.switch_adapter("plain", "other")
     assert model.active_adapters == ["plain"]
     model.unmerge_adapter()
-    for layer, weight in zip(model.base_model.layers(), before, strict=True):
+    for layer, weight in zip(model.base_model.lora_layers(), before, strict=True):
         assert same_bits(layer.weight, weight)
     model.merge_adapter(["other"])
-    assert model.base_model.layers()[1].merged_adapters == ["other"]
+    assert model.base_model.lora_layers()[1].merged_adapters == ["other"]

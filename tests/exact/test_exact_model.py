@@ -138,12 +138,12 @@ def test_an_error_in_the_last_layer_names_it_and_unwinds():
     model = tiny()
     before = weights(model)
     with torch.no_grad():
-        model.base_model.layers()[-1].lora_B["c"].weight[0, 0] = float("nan")
+        model.base_model.lora_layers()[-1].lora_B["c"].weight[0, 0] = float("nan")
     for options in ({"exact": True}, {"safe_merge": True}, {"exact": True, "safe_merge": True}):
         with pytest.raises(ValueError, match="'head'"):
             model.merge_adapter(["a", "b", "c"], **options)
         assert all_same(weights(model), before)
-        assert not any(layer.merged for layer in model.base_model.layers())
+        assert not any(layer.merged for layer in model.base_model.lora_layers())
 
 
 ACTIONS = {
@@ -179,7 +179,7 @@ def interrupted_at(line, model, action, exact):
 
 
 def state(model):
-    layers = model.base_model.layers()
+    layers = model.base_model.lora_layers()
     return [(x.merged_adapters, list(x.residuals), x.active_adapters) for x in layers], model.active_adapters
 
 
@@ -216,7 +216,7 @@ def test_interrupted_at_every_line(action, exact):
 
 
 def _bodies(model):
-    return [r.body for layer in model.base_model.layers() for r in layer.residuals.values()]
+    return [r.body for layer in model.base_model.lora_layers() for r in layer.residuals.values()]
 
 
 def test_signals_wait_nests_and_leaves_other_threads_alone():

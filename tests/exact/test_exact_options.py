@@ -104,7 +104,7 @@ def test_exact_merge_and_back(case, dtype):
     with torch.no_grad():
         output = model(x)
     model.merge_adapter(exact=True)
-    assert all(layer.merged_adapters == ["a"] for layer in model.base_model.layers())
+    assert all(layer.merged_adapters == ["a"] for layer in model.base_model.lora_layers())
     # What is merged computes the same; its weights, biases and saved modules are PEFT's.
     with torch.no_grad():
         torch.testing.assert_close(model(x), output, rtol=0.05 if dtype == BF16 else 1e-4, atol=0.02)
@@ -167,4 +167,4 @@ def test_exact_merge_of_what_is_more_than_a_sum_is_refused_by_name(case):
     with pytest.raises(ValueError, match=r"exact: adapter 'a' has (use_dora|lora_bias)=True"):
         model.merge_adapter(exact=True)
     assert all(same_bits(p, before[n]) for n, p in model.named_parameters())
-    assert not any(layer.merged for layer in model.base_model.layers())
+    assert not any(layer.merged for layer in model.base_model.lora_layers())

@@ -84,7 +84,7 @@ def test_parameters_inside_of_a_module_with_an_adapted_parameter(tmp_path):
         peft.get_peft_model(Nested(), peft.LoraConfig(**config))
     torch.manual_seed(0)
     ours = randomize(lk.get_peft_model(Nested(), lk.LoraConfig(**config))).eval()
-    assert [type(m).__name__ for m in ours.base_model.layers()] == ["LoraParameter"] * 3 + ["LoraLinear"]
+    assert [type(m).__name__ for m in ours.base_model.lora_layers()] == ["LoraParameter"] * 3 + ["LoraLinear"]
     y = ours(x())
     ours.save_pretrained(tmp_path)
     torch.manual_seed(0)
@@ -269,7 +269,7 @@ def test_exact_merging_where_there_is_one_matrix_and_refusal_where_there_are_sev
     ours, _ = pair(Model, **BOTH)
     with pytest.raises(ValueError, match="stack of matrices"):
         ours.merge_adapter(exact=True)
-    assert not ours.base_model.layers()[0].merged
+    assert not ours.base_model.lora_layers()[0].merged
     with torch.no_grad():
         ours.base_model.model.experts.lora_A["default"].weight[0] = float("nan")
     before = ours.base_model.model.experts.base_layer.get_param().detach().clone()

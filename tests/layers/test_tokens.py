@@ -192,7 +192,7 @@ def test_several_adapters():
     y = ours(ids())
     with pytest.raises(ValueError, match="adapter b are already defined"):
         ours.merge_adapter(["default", "b"])
-    assert not ours.base_model.layers()[0].merged  # nothing was written
+    assert not ours.base_model.lora_layers()[0].merged  # nothing was written
     ours.merge_adapter(["b"])
     with pytest.raises(ValueError, match="adapter default are already defined"):
         ours.merge_adapter(["default"])
@@ -239,7 +239,7 @@ def test_switching_replaces_rows_and_a_failure_restores_them(monkeypatch):
     ours.merge_adapter(exact=True)
     merged = [p.clone() for p in ours.parameters()]
     with monkeypatch.context() as patched:
-        patched.setattr(ours.base_model.layers()[0], "switch", lambda *names: 1 / 0)
+        patched.setattr(ours.base_model.lora_layers()[0], "switch", lambda *names: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             ours.switch_adapter("b")
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), merged, strict=True))

@@ -327,7 +327,7 @@ def test_saving_does_not_change_the_config_or_the_model(tmp_path):
 
 def test_shared_tensors_are_saved_as_two(tmp_path):
     model = trained(None, {"target_modules": ["q_proj"], "r": 4})
-    layers = model.base_model.layers()
+    layers = model.base_model.lora_layers()
     layers[1].lora_A["default"].weight = layers[0].lora_A["default"].weight
     model.save_pretrained(tmp_path)
     shutil.copytree(tmp_path, tmp_path / "copy")

@@ -102,7 +102,7 @@ def test_outputs_and_gradients(name, how, monkeypatch):
 @pytest.mark.parametrize("name", MODELS)
 def test_life(name, tmp_path):
     ours, theirs = pair(name, target_modules=["q_proj"])
-    kinds = [type(layer).__name__ for layer in ours.base_model.layers()]
+    kinds = [type(layer).__name__ for layer in ours.base_model.lora_layers()]
     assert kinds.count("LoraParameter") == 4
     assert sorted(s.name for s in ours.get_layer_status()) == sorted(s.name for s in theirs.get_layer_status())
     assert vars(ours.get_model_status()) == vars(theirs.get_model_status())

@@ -149,7 +149,7 @@ def test_foreign_layouts_are_read(tmp_path, layout, saved):
     expected = applied(pipe().double(), {p: (a.double(), b.double(), s) for p, (a, b, s) in drawn.items()}, alphas)
     error = (model(x).double() - expected(x.double())).norm() / expected(x.double()).norm()
     assert error < 64 * 2**-23
-    assert {layer.r["default"] for layer in model.base_model.layers()} == set(range(2, 2 + len(paths)))
+    assert {layer.r["default"] for layer in model.base_model.lora_layers()} == set(range(2, 2 + len(paths)))
     model.load_adapter(file, "again")
     model.set_adapter("again")
     assert float((model(x).double() - expected(x.double())).norm() / expected(x.double()).norm()) == float(error)

@@ -201,7 +201,7 @@ def test_failure_half_way_unwinds(monkeypatch, op, error):
     if op != "merge":
         model.merge_adapter()
     before, expected = weights(model), model(token_ids())
-    merged = [layer.merged_adapters for layer in model.base_model.layers()]
+    merged = [layer.merged_adapters for layer in model.base_model.lora_layers()]
     plain, calls = getattr(ops, f"{op}_"), []
 
     def failing(*args, **kwargs):
@@ -220,7 +220,7 @@ def test_failure_half_way_unwinds(monkeypatch, op, error):
         {"merge": model.merge_adapter, "unmerge": model.unmerge_adapter, "switch": lambda: model.switch_adapter("b")}[
             op
         ]()
-    assert [layer.merged_adapters for layer in model.base_model.layers()] == merged
+    assert [layer.merged_adapters for layer in model.base_model.lora_layers()] == merged
     assert model.active_adapters == ["default"]
     for name, value in weights(model).items():
         torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-6)
@@ -260,13 +260,13 @@ def test_a_model_is_merged_in_one_call_or_not_at_all(monkeypatch, op):
 def test_safe_merge_of_nan_touches_no_weight():
     model = wrapped()
     with torch.no_grad():
-        model.base_model.layers()[-1].lora_B["default"].weight[0, 0] = float("nan")
+        model.base_model.lora_layers()[-1].lora_B["default"].weight[0, 0] = float("nan")
     before = weights(model)
     for call in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match=r"layers\.1\.v_proj"):
             call(safe_merge=True)
         assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
-        assert isinstance(model.base_model.layers()[0], LoraLayer)
+        assert isinstance(model.base_model.lora_layers()[0], LoraLayer)
 
 
 def test_disable_adapter_is_a_context_and_nests():

@@ -56,7 +56,7 @@ class Oracle(RuleBasedStateMachine):
                     parameter.data = values[name].clone()
 
     def merged(self):
-        return any(layer.merged for layer in self.pair[1].base_model.layers())
+        return any(layer.merged for layer in self.pair[1].base_model.lora_layers())
 
     def each(self, call):
         """Runs ``call(model, package)`` on both: equal results, or errors of one kind."""

@@ -87,7 +87,7 @@ class KindsOracle(RuleBasedStateMachine):
         return self.pair[1].peft_config
 
     def merged(self):
-        return any(layer.merged for layer in self.pair[1].base_model.layers())
+        return any(layer.merged for layer in self.pair[1].base_model.lora_layers())
 
     def each(self, call):
         """Runs ``call(model, package)`` on both: equal results, or errors of one kind."""
