@@ -68,8 +68,12 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self.token_adapter.update_layer(adapter_name, token_indices, autocast_adapter_dtype, device)
 
     def set_adapter(self, adapter_names, inference_mode=False):
-        """Makes the rows of the adapter current and trainable; those of the weight when it has none."""
-        self.check_set_adapter(adapter_names)
+        """Makes the rows of the adapter current and trainable; those of the weight when it has none.
+
+        Several may be, of a layer on its own, where they have no token in common; ValueError where they have.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.token_adapter.check_disjoint([n for n in names if n in self.adapter_names()], self.merged_adapters)
         self.token_adapter.set_adapter(adapter_names, inference_mode)
 
     def set_requires_grad(self, adapter_names, requires_grad=True):

@@ -203,6 +203,19 @@ def test_several_adapters():
         ours(ids(), adapter_names=names)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_layers_on_their_own_take_disjoint_rows_of_two_adapters(tied):
+    tokens = {"default": [0, 1], "b": [2, 3], "c": [3, 4]}
+    ours, theirs = pair(tokens, lambda: fresh(tied), tuple(tokens))
+    kinds = (lk.layers.LoraLayer, TrainableTokensWrapper, peft.tuners.lora.LoraLayer, peft.utils.TrainableTokensWrapper)
+    with pytest.raises(ValueError, match="adapter c are already defined"):
+        ours.get_submodule("base_model.model.model.embed_tokens").set_adapter(["b", "c"])
+    for model in (ours, theirs):
+        for part in [module for module in model.modules() if isinstance(module, kinds)]:
+            part.set_adapter(["default", "b"])
+    same(ours, theirs, (ids(),))
+
+
 def test_what_several_adapters_can_not_do_and_deleting_one():
     tokens = {"default": [0, 1, 2], "b": [2, 3]}
     ours, theirs = pair(tokens, adapters=tuple(tokens))
