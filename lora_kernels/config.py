@@ -109,7 +109,7 @@ class LoraConfig:
     ensure_weight_tying: bool = False
 
     def __post_init__(self):
-        self._unknown = {}
+        self._unknown, self._custom_modules = {}, None
         self.peft_version = __version__ if self.peft_version is None else self.peft_version
         self.peft_type = PeftType.LORA  # whatever is given, as in PEFT
         if self.task_type is not None and self.task_type not in [t.value for t in TaskType]:
@@ -190,8 +190,23 @@ class LoraConfig:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     def _register_custom_module(self, mapping):
-        """PEFT's experimental way to adapt layers of other kinds by layers of one's own. NotImplementedError."""
-        raise NotImplementedError(f"_register_custom_module({mapping!r:.80}): {_ELSEWHERE}")
+        """PEFT's experimental way to adapt modules of other kinds, or in another way; it is not saved.
+
+        Args:
+            mapping: class of module -> subclass of a layer of ``lora_kernels.layers``.
+
+        Raises:
+            NotImplementedError: a layer that is none of those.
+        """
+        from .layers import custom_layer  # which read configs
+
+        made = {kind: custom_layer(kind, layer) for kind, layer in mapping.items()}
+        foreign = [mapping[kind] for kind, layer in made.items() if layer is None]
+        if foreign:
+            raise NotImplementedError(
+                f"_register_custom_module: {foreign[0]} is no subclass of a layer of lora_kernels.layers: {_ELSEWHERE}"
+            )
+        self._custom_modules = {**(self._custom_modules or {}), **made}
 
     @property
     def is_prompt_learning(self):

@@ -271,7 +271,7 @@ def pattern_value(patterns, name, default):
 
 def _target(model, config, name, module):
     base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-    kind = layer_class(base)
+    kind = layer_class(base, config._custom_modules)
     parent = submodule(model, name.rpartition(".")[0])
     if isinstance(module, AuxiliaryTrainingWrapper):
         how = "saved in full" if isinstance(module, ModulesToSaveWrapper) else "trained row by row"
@@ -283,6 +283,8 @@ def _target(model, config, name, module):
             "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention and "
             "transformers' Conv1D can be adapted"
         )
+    if layer_class(base) is None:
+        warnings.warn(f"Unsupported layer type '{type(base)}' encountered, proceed at your own risk.", stacklevel=6)
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(f"target_modules: '{name}' is used by nn.MultiheadAttention without being called")
     r = pattern_value(config.rank_pattern, name, config.r)

@@ -16,9 +16,20 @@ from .transposed import LoraTransposed
 KINDS = (LoraEmbedding, LoraConv, LoraAttention, LoraLinear, LoraTransposed)
 
 
-def layer_class(module):
-    """The LoRA layer for ``module``, or None."""
-    return next((kind for kind in KINDS if kind.accepts(module)), None)
+def layer_class(module, custom=None):
+    """The LoRA layer for ``module``, or None; ``custom``, class of module -> class of layer, comes first."""
+    own = (layer for kind, layer in (custom or {}).items() if isinstance(module, kind))
+    return next(own, None) or next((kind for kind in KINDS if kind.accepts(module)), None)
+
+
+def custom_layer(kind, layer):
+    """A user's class of layers, made to take modules of the class ``kind``. None: no subclass of a layer here."""
+    if not isinstance(layer, type) or not issubclass(layer, KINDS):
+        return None
+    if layer in KINDS:
+        layer = type(layer.__name__, (layer,), {})
+    layer.takes = (*layer.takes, kind)
+    return layer
 
 
 __all__ = [

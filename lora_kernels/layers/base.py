@@ -34,6 +34,7 @@ class LoraLayer(AdapterChoice, MergedWeight, nn.Module):
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
     base_class = nn.Module
+    takes = ()  # classes of modules that a user's subclass was registered for
     weight_name = "weight"  # of the parameter of the base layer that the adapters update
     inits = DENSE_INITS  # what ``init_lora_weights`` may be
     has_dropout = has_bias = True
@@ -45,7 +46,7 @@ class LoraLayer(AdapterChoice, MergedWeight, nn.Module):
 
     def __init__(self, base_layer):
         super().__init__()
-        if not self.accepts(base_layer):
+        if not (self.accepts(base_layer) or isinstance(base_layer, self.takes)):
             raise TypeError(f"base_layer: {type(self).__name__} does not take a {type(base_layer).__name__}")
         # Straight into the dicts: nn.Module's way to set an attribute is most of what wrapping a layer costs.
         own = {

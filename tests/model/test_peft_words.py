@@ -113,10 +113,61 @@ def test_the_models_own_mapping_of_older_keys(package, tmp_path):
     assert torch.equal(layer.lora_A["default"].weight, old.base_model.model[0].lora_A["default"].weight)
 
 
-def test_layers_of_ones_own_are_refused_by_name():
-    class Own(nn.Module):
+class Own(nn.Module):
+    """Linear, and no nn.Linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = 64, 48
+        self.weight = nn.Parameter(torch.randn(48, 64, generator=torch.Generator().manual_seed(2)))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
+@BOTH
+def test_layers_of_ones_own(package, tmp_path):
+    class OwnLayer(package.tuners.lora.Linear):
         pass
 
-    peft.LoraConfig()._register_custom_module({nn.LSTM: Own})
-    with pytest.raises(NotImplementedError, match=r"_register_custom_module.*accelerate"):
-        lk.LoraConfig()._register_custom_module({nn.LSTM: Own})
+    def config():
+        config = package.LoraConfig(target_modules=["0", "2"], init_lora_weights=False)
+        config._register_custom_module({Own: OwnLayer})
+        return config
+
+    def base():
+        return nn.Sequential(Own(), *net()[1:])
+
+    with pytest.warns(UserWarning, match="Unsupported layer type .*Own.* encountered, proceed at your own risk"):
+        model = package.get_peft_model(base(), config())
+    assert type(model.base_model.model[0]) is OwnLayer
+    assert type(model.base_model.model[2]) is package.tuners.lora.Linear
+    x = torch.randn(3, 64)
+    y = model(x)
+    y.sum().backward()
+    assert model.base_model.model[0].lora_B["default"].weight.grad is not None
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is not supported"):
+        package.PeftModel.from_pretrained(base(), tmp_path)
+    loaded = package.PeftModel.from_pretrained(base(), tmp_path, config=config())
+    assert torch.equal(loaded(x), y)
+    torch.testing.assert_close(loaded.merge_and_unload()(x), y)
+
+
+def test_one_of_our_own_layers_for_other_modules():
+    config = lk.LoraConfig(target_modules=["0"])
+    config._register_custom_module({Own: lk.LoraLinear})
+    with pytest.warns(UserWarning, match="Unsupported layer type"):
+        model = lk.get_peft_model(nn.Sequential(Own()), config)
+    assert isinstance(model.base_model.model[0], lk.LoraLinear)
+    with pytest.raises(TypeError, match="LoraLinear does not take a Own"):
+        lk.LoraLinear(Own())
+
+
+def test_layers_of_ones_own_that_are_none_of_ours_are_refused_by_name():
+    class OwnLayer(nn.Module):
+        pass
+
+    peft.LoraConfig()._register_custom_module({nn.LSTM: OwnLayer})
+    with pytest.raises(NotImplementedError, match=r"_register_custom_module: .*OwnLayer.*accelerate"):
+        lk.LoraConfig()._register_custom_module({nn.LSTM: OwnLayer})
