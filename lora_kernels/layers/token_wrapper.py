@@ -8,7 +8,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """Stands for the embedding in its model, with the ``weight`` that is in use; ``token_adapter`` does the work."""
 
     adapter_layer_names = ("token_adapter.trainable_tokens_delta",)
-    other_param_names = ("token_adapter.token_indices",)
+    other_param_names = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
 
     def __init__(self, module, tied_adapter=None):
         super().__init__()

@@ -52,7 +52,7 @@ class TrainableTokensLayer(nn.Module):
     """
 
     adapter_layer_names = ("trainable_tokens_delta",)
-    other_param_names = ("token_indices",)
+    other_param_names = ("token_indices", "trainable_tokens_original")
     weight_name = "weight"
     _shared = None  # see layers/tied.py
 
@@ -89,6 +89,16 @@ class TrainableTokensLayer(nn.Module):
     @property
     def weight(self):
         return self.base_layer.weight
+
+    @property
+    def trainable_tokens_original(self):
+        """Adapter -> the rows of the weight, with nothing merged, that its own stand for."""
+        found, merged = {}, self.holder._merged
+        for name, indices in self.token_indices.items():
+            tokens = self._buffers["_tokens_" + name]
+            rows = merged[name] if name in merged else self.weight.detach()[tokens]
+            found[name] = rows[torch.searchsorted(tokens, tokens.new_tensor(indices))]
+        return found
 
     def get_base_layer(self):
         """The layer below the adapters."""

@@ -302,3 +302,21 @@ def test_factors_of_encoder_and_decoder_are_tied_where_peft_ties_the_head_alone(
         plain = ours.merge_and_unload()
     close(plain(ids()), y.double())
     assert len({id(p) for p in (plain.shared.weight, plain.encoder.embed_tokens.weight, plain.lm_head.weight)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "at_embedding", "at_head"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, "lora_embedding_A.b", "lora_B.b.weight"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, *["modules_to_save.b.weight"] * 2),
+    ],
+)
+def test_a_further_adapter_is_tied_where_peft_leaves_the_head_out(fields, at_embedding, at_head):
+    for library, model in zip((lk, peft), pair(ensure_weight_tying=True, **fields), strict=True):
+        model.add_adapter("b", library.LoraConfig(ensure_weight_tying=True, **fields))
+        state = model.state_dict(keep_vars=True)
+        embedding, head = f"base_model.model.model.embed_tokens.{at_embedding}", f"base_model.model.lm_head.{at_head}"
+        assert embedding in state
+        assert (head in state) is (library is lk)
+        if library is lk:
+            assert state[head].data_ptr() == state[embedding].data_ptr()

@@ -214,6 +214,10 @@ def test_layers_on_their_own_take_disjoint_rows_of_two_adapters(tied):
         for part in [module for module in model.modules() if isinstance(module, kinds)]:
             part.set_adapter(["default", "b"])
     same(ours, theirs, (ids(),))
+    originals = [model.get_submodule("base_model.model.model.embed_tokens.token_adapter") for model in (ours, theirs)]
+    ours.merge_adapter(["default"])
+    for name, rows in originals[1].trainable_tokens_original.items():
+        assert torch.equal(originals[0].trainable_tokens_original[name], rows)
 
 
 def test_what_several_adapters_can_not_do_and_deleting_one():

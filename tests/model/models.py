@@ -1,7 +1,13 @@
 """Small models that the tests of the layer share, and the formula they are checked against."""
 
+import copy
+
 import torch
 from torch import nn
+
+from lora_kernels.config import LoraConfig
+from lora_kernels.layers import LoraLayer
+from lora_kernels.model import get_peft_model
 
 
 class Block(nn.Module):
@@ -49,3 +55,45 @@ def randomize(model, seed=2):
             if "lora_" in name or "modules_to_save" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
+
+
+def wrapped(targets=("q_proj", "v_proj"), names=("default", "b"), **values):
+    """A tiny model with adapters of random numbers, in eval mode."""
+    model = get_peft_model(tiny(), LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), **values), names[0])
+    for name in names[1:]:
+        model.add_adapter(name, LoraConfig(r=2, lora_alpha=3, target_modules=list(targets)))
+    return randomize(model).eval()
+
+
+def weights(model):
+    """Copies of all that is no adapter's."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
+
+
+class Oracle:
+    """The model and its adapters as plain tensors: W + Σ s B A, kept in float64."""
+
+    def __init__(self, model):
+        self.base = copy.deepcopy(model).double()
+        self.adapters, self.active, self.disabled = {}, [], False
+        self.merged = []
+
+    def learn(self, name, model):
+        entries = {}
+        for path, layer in model.get_base_model().named_modules():
+            if isinstance(layer, LoraLayer) and name in layer.r:
+                if name in layer.lora_A:
+                    delta = layer.lora_B[name].weight.double() @ layer.lora_A[name].weight.double()
+                else:
+                    delta = (layer.lora_embedding_B[name].double() @ layer.lora_embedding_A[name].double()).T
+                entries[path] = delta.detach() * layer.lora_alpha[name] / layer.r[name]
+        self.adapters[name] = entries
+
+    def __call__(self, ids):
+        model = copy.deepcopy(self.base)
+        if not self.disabled:
+            for name in dict.fromkeys([*self.active, *self.merged]):
+                for path, delta in self.adapters[name].items():
+                    with torch.no_grad():
+                        model.get_submodule(path).weight.add_(delta)
+        return model(ids)

@@ -6,36 +6,10 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from lora_kernels.layers import LoraEmbedding, LoraLinear
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def make(dtype=torch.float32, bias=True, shape=(12, 7), **options):
-    layer = LoraLinear.from_linear(nn.Linear(*shape, bias=bias, dtype=dtype), r=4, lora_alpha=8, **options)
-    for name in layer.r:
-        nn.init.normal_(layer.lora_B[name].weight, std=0.3)
-    return layer
-
-
-def formula(layer, x, names=None, dtype=torch.float64):
-    """Base plus the sum of the updates, in float64."""
-    base = layer.base_layer
-    x = x.to(dtype)
-    y = F.linear(x, base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype))
-    for name in layer.active_adapters if names is None else names:
-        a, b = layer.lora_A[name].weight.to(dtype), layer.lora_B[name].weight.to(dtype)
-        y = y + (x @ a.T) @ b.T * layer.scaling[name]
-    return y
-
-
-def close(y, expected, dtype=torch.float32):
-    tolerance = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
-    assert y.dtype == dtype
-    error = (y.double() - expected).norm() / expected.norm().clamp_min(1e-9)
-    assert error <= tolerance, float(error)
+from .layer import DTYPES, close, formula, make
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -210,80 +184,6 @@ def test_nothing_is_stale_after_parameters_are_replaced():
     y = torch.func.functional_call(layer, values, x)
     layer.load_state_dict(values)
     close(y, formula(layer, x))
-
-
-@pytest.mark.parametrize("kind", ["forward", "pre", "backward"])
-def test_hooks_on_the_base_layer_fire(kind):
-    layer, calls = make(), []
-    base = layer.base_layer
-    register = {
-        "forward": base.register_forward_hook,
-        "pre": base.register_forward_pre_hook,
-        "backward": base.register_full_backward_hook,
-    }[kind]
-    kept = []
-
-    def hook(module, *values):
-        calls.append(kind)
-        kept.append(values[-1])
-
-    handle = register(hook)
-    x = torch.randn(5, 12, requires_grad=True)
-    y = layer(x)
-    close(y, formula(layer, x))
-    y.sum().backward()
-    assert calls == [kind]
-    if kind == "forward":
-        assert torch.equal(kept[0], F.linear(x, base.weight, base.bias))
-    handle.remove()
-    layer(x)
-    assert calls == [kind]
-
-
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return torch.relu(super().forward(x))
-
-
-def test_base_layers_of_other_kinds_run_their_own_forward():
-    layer = LoraLinear.from_linear(Doubled(12, 7), r=4, lora_alpha=8, init_lora_weights=False)
-    x = torch.randn(5, 12, requires_grad=True)
-    update = formula(layer, x) - formula(layer, x, [])
-    y = layer(x)
-    close(y, torch.relu(formula(layer, x, [])) + update)
-    y.sum().backward()  # relu saved its output: it must not have been written to
-    base = nn.Linear(12, 7)
-    torch.nn.utils.parametrizations.weight_norm(base)
-    layer = LoraLinear.from_linear(base, r=4, lora_alpha=8, init_lora_weights=False)
-    close(layer(x), formula(layer, x))
-    with pytest.raises(ValueError, match="parametrized"):
-        layer.merge()
-    assert not layer.merged
-
-
-class Tagged(torch.Tensor):
-    pass
-
-
-def test_weight_subclass_runs_and_is_not_merged_into():
-    layer = make()
-    weight = layer.weight.detach().as_subclass(Tagged)
-    layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
-    x = torch.randn(5, 12)
-    close(layer(x).as_subclass(torch.Tensor), formula(layer, x).as_subclass(torch.Tensor))
-    with pytest.raises(ValueError, match="weight"):
-        layer.merge()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_adapters_of_a_foreign_dtype(dtype):
-    layer = make()
-    layer.lora_A.to(dtype)
-    layer.lora_B.to(dtype)
-    x = torch.randn(5, 12)
-    close(layer(x), formula(layer, x))
-    layer.merge()
-    layer.unmerge()
 
 
 def test_dropout_is_on_the_update_only_and_only_in_training():
