@@ -149,6 +149,59 @@ def minilm_merge():
     return {name: (lambda model=model: run(model)) for name, model in models.items()}
 
 
+class Experts(nn.Module):
+    """A block of 16 experts as transformers fuses them; each token takes two."""
+
+    def __init__(self, width=256):
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Linear(width, 16)
+        self.up = nn.Parameter(torch.randn(16, 2 * width, width) / 16)
+        self.down = nn.Parameter(torch.randn(16, width, 2 * width) / 16)
+
+    def forward(self, x):
+        weights, chosen = self.router(x).softmax(-1).topk(2)
+        y = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            rows, place = torch.where(chosen == expert)
+            hidden = nn.functional.silu(nn.functional.linear(x[rows], self.up[expert]))
+            part = nn.functional.linear(hidden, self.down[expert]) * weights[rows, place, None]
+            y.index_add_(0, rows, part)
+        return y
+
+
+def experts_forward(tokens):
+    x = torch.randn(tokens, 256)
+
+    def make(package):
+        config = package.LoraConfig(r=8, target_modules=[], target_parameters=["0.up", "0.down"])
+        return package.get_peft_model(nn.Sequential(Experts()), config).eval()
+
+    models = {"base": Experts(), **sides(make)}
+    return {name: without_grad(lambda model=model: model(x)) for name, model in models.items()}
+
+
+def trained_rows():
+    ids = torch.randint(0, 30000, (1, 32))
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.head = nn.Embedding(30000, 384), nn.Linear(384, 30000, bias=False)
+
+        def forward(self, ids):
+            return self.head(torch.tanh(self.embed(ids)))
+
+    def make(package):
+        rows = {"embed": list(range(100)), "head": list(range(100))}
+        config = package.LoraConfig(target_modules=["norm"], trainable_token_indices=rows)
+        return package.get_peft_model(nn.ModuleDict({"lm": Head(), "norm": nn.Linear(1, 1)}), config).eval()
+
+    models = {"base": Head(), **{name: model.base_model.model["lm"] for name, model in sides(make).items()}}
+    return {name: without_grad(lambda model=model: model(ids)) for name, model in models.items()}
+
+
 # Row: (what makes the contenders, calls a round counts as, bounds as (ours over what, at most)).
 ROWS = {
     "200 tiny linears, inference": (lambda: tiny_forward(False), 1, (("base", 2.5 / 1.1),)),
@@ -161,6 +214,9 @@ ROWS = {
     "MiniLM, 1 x 32, float32": (lambda: minilm_forward(torch.float32), 1, (("base", 1.10), ("peft", 1 / 1.15))),
     "MiniLM, 1 x 32, bfloat16": (lambda: minilm_forward(torch.bfloat16), 1, (("peft", 1 / 1.4),)),
     "MiniLM, mixed batch, 32 rows, 8 adapters": (minilm_mixed, 1, (("peft", 1 / 3),)),
+    "16 experts of 256 x 512, 4 tokens": (lambda: experts_forward(4), 1, (("peft", 1.0),)),
+    "16 experts of 256 x 512, 64 tokens": (lambda: experts_forward(64), 1, (("peft", 1.0),)),
+    "100 trained rows of embedding and head, 30000 x 384, 32 tokens": (trained_rows, 1, (("peft", 1.0),)),
     "MiniLM, merge_adapter and unmerge_adapter": (minilm_merge, 1, (("peft", 1 / 10),)),
 }
 
