@@ -192,7 +192,7 @@ def test_a_model_is_merged_in_one_call_or_not_at_all(monkeypatch, op):
     model = wrapped()
     before, calls = weights(model), []
     expected = wrapped()
-    for layer in expected.base_model.layers():
+    for layer in expected.base_model.lora_layers():
         layer.merge()
     if op == "unmerge":
         model.merge_adapter()
@@ -209,9 +209,9 @@ def test_a_model_is_merged_in_one_call_or_not_at_all(monkeypatch, op):
     with pytest.raises(KeyboardInterrupt):
         run()
     assert all(torch.equal(value, started[name]) for name, value in weights(model).items())
-    assert all(bool(layer.merged_adapters) is (op == "unmerge") for layer in model.base_model.layers())
+    assert all(bool(layer.merged_adapters) is (op == "unmerge") for layer in model.base_model.lora_layers())
     run()
-    assert calls == [len(model.base_model.layers())] * 2
+    assert calls == [len(model.base_model.lora_layers())] * 2
     wanted = weights(expected) if op == "merge" else before
     for name, value in weights(model).items():
         torch.testing.assert_close(value, wanted[name], rtol=0 if op == "merge" else 1e-5, atol=1e-6)
