@@ -40,6 +40,29 @@ def test_inference_of_three_projections_of_different_ranks(tokens, tma, device, 
         assert all(map(torch.equal, grouped_lora_linear(*case.args()), y))
 
 
+class Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, name, kernel, launches):
+        self.name, self.kernel, self.launches = name, kernel, launches
+
+    def __getitem__(self, grid):
+        self.launches.append(self.name)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("need_h", [False, True])
+def test_all_projections_take_two_launches(need_h, device, monkeypatch):
+    launches = []
+    for module in (triton_grouped.linear.triton_kernels, triton_grouped.triton_kernels):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Counted(name, getattr(module, name), launches))
+    case = make_grouped(40, 64, (48, 16, 16), (4, 12, 1), torch.float16, device=device)
+    y = [torch.empty(40, width, dtype=torch.float16, device=device) for width in (48, 16, 16)]
+    triton_grouped.grouped_lora_linear(*case.args(), y, need_h, False)
+    assert launches == ["shrink_kernel", "grouped_kernel"]
+
+
 def test_an_inf_in_one_projection_reaches_no_other(device):
     case = make_grouped(20, 64, (48, 16), (4, 12), torch.float16, device=device)
     with torch.no_grad():

@@ -20,6 +20,7 @@ PATHS = {
     "one_pass": config.Config("one_pass", 16, 32, 32, 4, 1, group_m=2),
     "two_pass": config.Config("two_pass", 32, 16, 32, 4, 1, group_m=2),
     "two_pass, tma": config.Config("two_pass", 32, 32, 32, 4, 1, tma=True),
+    "vendor": config.VENDOR,
 }
 
 

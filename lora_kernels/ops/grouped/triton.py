@@ -1,18 +1,20 @@
-"""Projections that share their input, on Triton: one shrink for all of them, then a GEMM with its update for each;
-backward, the gradient of x from all of them in one GEMM.
+"""Projections that share their input, on Triton: one shrink for all of them, then one launch of all their GEMMs with
+their updates; backward, the gradient of x from all of them in one GEMM.
 
-The factors are handed to the shrink as tuples of pointers: nothing is stacked in memory. The launches follow one
-another, each linked to the one before (programmatic dependent launch), so that all wait for the shrink.
+The tensors of a group are handed to the kernels as tuples of pointers: nothing is stacked in memory. Of the two
+launches the second is linked to the first (programmatic dependent launch) where the GPU has it.
 """
 
 import functools
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import triton_host as host
 from ..linear import triton as linear
 from ..linear.triton_gradients import input_gradient, low_rank_of, skinny, sum_planes
 from ..linear.triton_train import two_pass_config
+from . import triton_kernels
 
 _FEW_ROWS = 64  # up to here the weights' bytes are what counts, and the kernels of one projection stream them best
 
@@ -32,14 +34,39 @@ def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings, y, need_h,
         u = linear.shrink(
             x, a, tuple(scalings), lora_b[0].dtype, batch_invariant=batch_invariant, pdl=host.has_pdl(x), saved_h=h
         )
-        padded = u.shape[1] // len(ranks)
-        for i, (out, weight, bias, b) in enumerate(zip(y, weights, biases, lora_b, strict=True)):
-            if out.numel():
-                tiles = two_pass_config(x, weight, a[i], b, batch_invariant)
-                switches = linear.switches_of(x, bias, a[i], b, None, tiles)
-                columns = u[:, i * padded : (i + 1) * padded]
-                linear.add_update(out, x, weight, bias, columns, b, ranks[i], None, tiles, switches)
+        _add_updates(y, x, weights, biases, u, lora_b, a, batch_invariant)
         return x.new_empty(0, dtype=torch.float32) if h is None else h
+
+
+def _add_updates(ys, x, weights, biases, u, lora_b, lora_a, batch_invariant):
+    """ys[i] = x Wᵢᵀ + biasᵢ + uᵢ Bᵢᵀ in one launch, with the tiles of the widest projection."""
+    widest = max(weights, key=lambda weight: weight.shape[0])
+    # Where every element needs an address of its own, larger tiles of several projections spill.
+    small = batch_invariant or not all(map(host.aligned, (x, *weights)))
+    tiles = two_pass_config(x, widest, lora_a[0], lora_b[0], small)
+    ranks, widths = (tuple(factor.shape[dim] for factor in lora_b) for dim in (1, 0))
+    padded, sizes = u.shape[1] // len(ranks), (tiles.block_m, tiles.block_n)
+    programs = min(-(-x.shape[0] // sizes[0]) * sum(-(-width // sizes[1]) for width in widths), host.num_sms(x))
+    if programs == 0:
+        return
+    switches = linear.switches_of(x, biases[0], lora_a[0], lora_b[0], None, tiles)
+    del switches["WIDTHS"], switches["NUM_SLICES"]
+    block_r = linear.update_block(padded, switches)
+    tma = tiles.tma and host.tma_ready(x, u, *weights)
+    operands = [x, tuple(weights), u]
+    if tma:
+        operands[1] = tuple(TensorDescriptor.from_tensor(weight, [sizes[1], tiles.block_k]) for weight in weights)
+        operands[0] = TensorDescriptor.from_tensor(x, [sizes[0], tiles.block_k])
+        operands[2] = TensorDescriptor.from_tensor(u, [sizes[0], block_r])
+    pdl = host.has_pdl(x)
+    y_strides, w_strides, b_strides = ([tuple(t.stride(d) for t in g) for d in (0, 1)] for g in (ys, weights, lora_b))
+    bias_strides = tuple(host.strides(bias)[0] for bias in biases)
+    triton_kernels.grouped_kernel[(programs,)](
+        tuple(ys), *operands, tuple(biases), tuple(lora_b), *x.shape, widths, ranks, padded,
+        *y_strides, *x.stride(), *w_strides, u.stride(0), bias_strides, *b_strides,
+        NUM_LISTED=len(ranks), TMA=tma, PDL=pdl, BLOCK_R=block_r, GROUP_M=tiles.group_m, NUM_PROGRAMS=programs,
+        **switches, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
 
 
 def grouped_lora_backward(x, dy, weights, lora_a, lora_b, scalings, h, da, db, need_x, batch_invariant):
@@ -50,7 +77,8 @@ def grouped_lora_backward(x, dy, weights, lora_a, lora_b, scalings, h, da, db, n
         g = torch.empty((num_rows, sum(ranks)), dtype=lora_a[0].dtype, device=x.device)
         for i, (grad, b) in enumerate(zip(dy, lora_b, strict=True)):
             right = h[:, columns[i]] if db else None
-            grads, lows = skinny(grad, b.unsqueeze(0), scalings[i], right=right, need_low=need_x or bool(da))
+            wanted = {"right": right, "need_low": need_x or bool(da), "batch_invariant": batch_invariant}
+            grads, lows = skinny(grad, b.unsqueeze(0), scalings[i], **wanted)
             if db:
                 sum_planes(db[i], grads[:, 0])
             if lows is not None:
@@ -91,9 +119,9 @@ def _case(name, rows, ranks, dtype, adapter=None, *, features=4096, outputs=(409
 
     none = dict.fromkeys(("sum_planes_kernel", "sum_splits_kernel"), "none")
     if dtype == torch.float32:
-        none |= dict.fromkeys(("shrink_kernel", "skinny_kernel", "dx_kernel", "two_pass_kernel"), "none")
+        none |= dict.fromkeys(("shrink_kernel", "skinny_kernel", "dx_kernel", "grouped_kernel"), "none")
     else:
-        none |= {"dx_kernel": "wide", "two_pass_kernel": "wide"}
+        none |= {"dx_kernel": "wide", "grouped_kernel": "wide"}
     return host.StaticCase(f"grouped {name} M{rows} ranks {tuple(ranks)}", call, none)
 
 

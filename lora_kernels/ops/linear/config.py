@@ -1,17 +1,13 @@
 """Which Triton kernel and which tiles run ``lora_linear``: a pure function of sizes, dtype and GPU.
 
-Three paths. ``decode`` (few rows): the weight streams once, tokens are the narrow operand, K may be split.
+Four paths. ``decode`` (few rows): the weight streams once, tokens are the narrow operand, K may be split.
 ``one_pass`` (small rank): x Wᵀ and x Aᵀ in one K loop. ``two_pass``: h first, then a GEMM whose last K steps are the
-update. A file ``tuned/<GPU>.json`` written by ``python -m lora_kernels tune`` overrides the rules shape by shape.
+update. ``vendor``, torch's GEMM and the update added in place, is taken only where ``python -m lora_kernels tune``
+measured it to be faster (``ops/tuning.py``).
 """
 
 import dataclasses
-import functools
-import json
-import re
-from pathlib import Path
 
-TUNED = Path(__file__).parent / "tuned"
 DECODE_RANK = 64  # the largest that the path ``decode`` takes
 
 
@@ -28,6 +24,9 @@ class Config:
     split_k: int = 1
     tma: bool = False
     group_m: int = 8
+
+
+VENDOR = Config("vendor", 0, 0, 0, 0, 0)
 
 
 def block_rank(rank, least=16):
@@ -105,21 +104,7 @@ def _interpreter(num_tokens, rank, batch_invariant):
     return Config("two_pass", 32, 32, 32, 4, 1, tma=True, group_m=2)
 
 
-def key(num_tokens, in_features, out_features, rank, itemsize):
-    """Key of a shape in a tuned file: rows and rank in powers of two."""
-    rows = 1 << max(0, num_tokens - 1).bit_length()
-    return f"M{rows} N{out_features} K{in_features} R{block_rank(rank)} B{itemsize}"
-
-
-def file_of(gpu):
-    """The tuned file of a GPU by its name, whether it exists or not."""
-    return TUNED / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
-
-
-@functools.cache
-def tuned(gpu):
-    """``{key: Config}`` measured on this GPU; empty where nothing was."""
-    path = file_of(gpu)
-    if not path.is_file():
-        return {}
-    return {shape: Config(**values) for shape, values in json.loads(path.read_text())["configs"].items()}
+def takes(tiles, num_tokens, rank):
+    """Whether the path of a configuration can hold so many rows and ranks: what a file says is not trusted."""
+    rows = tiles.block_m if tiles.path == "decode" else num_tokens
+    return num_tokens <= rows and (rank <= DECODE_RANK or tiles.path not in ("decode", "one_pass"))

@@ -7,6 +7,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import triton_host as host
+from .. import tuning
 from . import config, triton_kernels
 
 
@@ -20,11 +21,12 @@ def _padded(rank):
 def config_of(x, weight, lora_a, lora_b, batch_invariant):
     """The configuration of a call: measured on this GPU where it was, else by rule."""
     sizes = (*x.shape, weight.shape[0], lora_a.shape[-2], x.element_size())
+    names = dict(zip("MKNRB", sizes, strict=True))
     mixed = x.dtype not in (lora_a.dtype, torch.float32) or x.dtype != lora_b.dtype
     aligned = host.aligned(x) and host.aligned(weight)
     if aligned and not (mixed or batch_invariant):
-        measured = config.tuned(host.gpu_name(x)).get(config.key(*sizes))
-        if measured is not None:
+        measured = tuning.measured("lora_linear", host.gpu_name(x), **names)
+        if measured is not None and config.takes(measured, x.shape[0], lora_a.shape[-2]):
             return measured
     rules = {"batch_invariant": batch_invariant, "aligned": aligned, "mixed": mixed}
     return config.choose(*sizes, host.capability(x), num_sms=host.num_sms(x), **rules)
@@ -74,6 +76,9 @@ def run(y, x, weight, bias, lora_a, lora_b, scaling, out_splits, tiles, batch_in
     if y.numel() == 0:
         return
     a = lora_a.unsqueeze(0) if lora_a.dim() == 2 else lora_a
+    if tiles.path == "vendor":
+        _vendor(y, x, weight, bias, a, lora_b, scaling, out_splits, batch_invariant)
+        return
     launch = {"decode": _decode, "one_pass": _one_pass, "two_pass": _two_pass}[tiles.path]
     switches = switches_of(x, bias, lora_a, lora_b, out_splits, tiles)
     launch(y, x, weight, bias, a, lora_b, scaling, out_splits, tiles, batch_invariant, switches, **training)
@@ -106,24 +111,23 @@ def _one_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, batch_invari
     )  # fmt: skip
 
 
+def update_block(padded, switches):
+    """Columns of u that one step of an update takes, of a multiple of them."""
+    return 16 if switches["LOW_PRECISION"] == "tf32x3" else _padded(padded)[0]
+
+
 def _two_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, batch_invariant, switches, **training):
-    u = shrink(x, a, scaling, b.dtype, batch_invariant=batch_invariant, pdl=host.has_pdl(x), **training)
-    add_update(y, x, weight, bias, u, b, a.shape[1], out_splits, tiles, switches)
-
-
-def add_update(y, x, weight, bias, u, b, rank, out_splits, tiles, switches):
-    """y = x Wᵀ + bias + u Bᵀ with u (M, S · padded rank) from :func:`shrink`, the launch before or not long ago."""
     pdl = host.has_pdl(x)
-    slices = len(out_splits or (0,))
-    padded = u.shape[1] // slices
-    block_r = 16 if switches["LOW_PRECISION"] == "tf32x3" else _padded(padded)[0]
+    u = shrink(x, a, scaling, b.dtype, batch_invariant=batch_invariant, pdl=pdl, **training)
+    padded = u.shape[1] // len(out_splits or (0,))
+    block_r = update_block(padded, switches)
     tiles_n = host.tiles_n(weight, out_splits, tiles.block_n)
     programs = min(-(-x.shape[0] // tiles.block_m) * tiles_n, host.num_sms(x))
     tma = tiles.tma and host.tma_ready(x, weight, u)
     blocks = ((x, tiles.block_m, tiles.block_k), (weight, tiles.block_n, tiles.block_k), (u, tiles.block_m, block_r))
     operands = [TensorDescriptor.from_tensor(t, [r, c]) if tma else t for t, r, c in blocks]
     triton_kernels.two_pass_kernel[(programs,)](
-        y, *operands, bias, b, x.shape[0], weight.shape[0], x.shape[1], rank, padded,
+        y, *operands, bias, b, x.shape[0], weight.shape[0], x.shape[1], a.shape[1], padded,
         *y.stride(), *x.stride(), *weight.stride(), u.stride(0), *host.strides(bias), *b.stride(), tiles_n,
         TMA=tma, PDL=pdl, BLOCK_R=block_r, GROUP_M=tiles.group_m, NUM_PROGRAMS=programs,
         **switches, **({"launch_pdl": True} if pdl else {}),
@@ -149,6 +153,17 @@ def _decode(y, x, weight, bias, a, b, scaling, out_splits, tiles, batch_invarian
             HAS_BIAS=bias is not None, PDL=pdl, UPCAST=switches["UPCAST"], SPLIT=split,
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
+
+
+def _vendor(y, x, weight, bias, a, b, scaling, out_splits, batch_invariant):
+    """torch's GEMM, then the update of each slice added in place."""
+    with torch.no_grad():
+        torch.mm(x, weight.t(), out=y) if bias is None else torch.addmm(bias, x, weight.t(), out=y)
+        begin = 0
+        for index, width in enumerate(out_splits or (y.shape[1],)):
+            part = slice(begin, begin + width)
+            lora_add_(y[:, part], x, a[index], b[part], scaling, batch_invariant)
+            begin += width
 
 
 def lora_linear_out(out, x, weight, bias, lora_a, lora_b, scaling, out_splits, batch_invariant):

@@ -9,6 +9,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import triton_host as host
+from .. import tuning
 from . import train_config, triton_train_kernels
 
 
@@ -24,6 +25,7 @@ def skinny(
     segments=None,
     num_slots=1,
     by_rank=False,
+    batch_invariant=False,
 ):
     """One read of ``left`` (M, columns): the planes of leftᵀ · right and of left · factor.
 
@@ -34,6 +36,7 @@ def skinny(
         need_low: whether left · factor is asked for.
         mask: dropout's packed bits of ``left``, or None.
         by_rank: store the gradient as (R, columns), as A is.
+        batch_invariant: the widths of strips must not depend on the number of rows.
 
     Returns:
         grads (splits, slots, columns, R) or (splits, slots, R, columns), and lows [(strips, M, R) for each slice];
@@ -45,7 +48,11 @@ def skinny(
     def strips_of(block_n):
         return sum(-(-width // block_n) for width in widths)
 
-    tiles = train_config.skinny(
+    tiles, plain = None, out_splits is None and segments is None and mask is None and precision != "tf32x3"
+    if plain and not batch_invariant and host.aligned(left):
+        given = {"G": int(right is not None), "H": int(need_low), "B": left.element_size()}
+        tiles = tuning.measured("skinny", host.gpu_name(left), M=num_rows, K=num_columns, R=rank, **given)
+    tiles = tiles or train_config.skinny(
         num_rows, strips_of, rank, num_slots, left.element_size(), precision == "tf32x3", mask is not None,
         host.aligned(left), host.capability(left), host.num_sms(left),
     )  # fmt: skip
@@ -110,7 +117,11 @@ def input_gradient(dx, dys, weights, g, lora_a, *, mask=None, row_slots=None, ba
     num_rows, in_features = dx.shape
     aligned = all(host.aligned(tensor) for tensor in (*dys, *weights))
     mixed = dx.dtype != lora_a.dtype
-    tiles = train_config.input_gradient(
+    tiles = None
+    if len(dys) == 1 and mask is None and row_slots is None and aligned and not (mixed or batch_invariant):
+        sizes = {"M": num_rows, "K": in_features, "N": dys[0].shape[1], "R": g.shape[1], "B": dx.element_size()}
+        tiles = tuning.measured("input_gradient", host.gpu_name(dx), **sizes)
+    tiles = tiles or train_config.input_gradient(
         num_rows, dx.element_size(), mixed, mask is not None, aligned, row_slots is not None, host.capability(dx),
         batch_invariant,
     )  # fmt: skip

@@ -119,6 +119,43 @@ def shrink_kernel(
 
 
 @triton.jit
+def two_pass_tile(
+    x, weight, u, lora_b, first, begin, end, u_begin, num_rows, in_features, rank, padded_rank,
+    x_row_stride, x_stride, w_row_stride, w_stride, u_row_stride, b_row_stride, b_stride,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, LOW_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Sums of rows first … and columns begin … end: x · weightᵀ, then columns u_begin … of u · lora_bᵀ. TMA: x, weight
+    and u are descriptors with blocks (BLOCK_M, BLOCK_K), (BLOCK_N, BLOCK_K) and (BLOCK_M, BLOCK_R); else pointers."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if TMA:
+        for k_begin in range(0, in_features, BLOCK_K):
+            acc = dot(x.load([first, k_begin]), weight.load([begin, k_begin]).T, acc, PRECISION, UPCAST)
+    else:
+        x_rows = x + row_numbers(first, num_rows, BLOCK_M)[:, None] * x_row_stride
+        w_rows = weight + row_numbers(begin, end, BLOCK_N)[None, :] * w_row_stride
+        for k_begin in range(0, in_features, BLOCK_K):
+            k = k_begin + tl.arange(0, BLOCK_K)
+            x_block = load_block(x_rows, k[None, :], x_stride, in_features, EVEN_K)
+            w_block = load_block(w_rows, k[:, None], w_stride, in_features, EVEN_K)
+            acc = dot(x_block, w_block, acc, PRECISION, UPCAST)
+    if PDL:
+        gdc_wait()
+    b_rows = lora_b + row_numbers(begin, end, BLOCK_N)[None, :] * b_row_stride
+    for r_begin in range(0, padded_rank, BLOCK_R):
+        ranks = r_begin + tl.arange(0, BLOCK_R)
+        b_block = load_block(b_rows, ranks[:, None], b_stride, rank, False)
+        if TMA:
+            u_block = u.load([first, u_begin + r_begin])
+        else:
+            u_rows = u + row_numbers(first, num_rows, BLOCK_M)[:, None] * u_row_stride + u_begin
+            u_block = tl.load(u_rows + ranks[None, :])
+        acc = dot(u_block, b_block, acc, LOW_PRECISION, UPCAST)
+    return acc
+
+
+@triton.jit
 def two_pass_kernel(
     y, x, weight, u, bias, lora_b, num_rows, out_features, in_features, rank, padded_rank,
     y_row_stride, y_stride, x_row_stride, x_stride, w_row_stride, w_stride, u_row_stride, bias_stride,
@@ -128,38 +165,18 @@ def two_pass_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """Persistent. TMA: x, weight and u are descriptors with blocks (BLOCK_M, BLOCK_K), (BLOCK_N, BLOCK_K) and
-    (BLOCK_M, BLOCK_R); else pointers. u (M, S · padded_rank) is scaled h; in_features 0 leaves the update alone."""
+    """Persistent; operands as two_pass_tile. u (M, S · padded_rank) is scaled h."""
     num_tiles_m = tl.cdiv(num_rows, BLOCK_M)
     for tile in tl.range(tl.program_id(0), num_tiles_m * num_tiles_n, NUM_PROGRAMS, flatten=False):
         tile_m, tile_n = grouped_tile(tile, num_tiles_m, num_tiles_n, GROUP_M)
         index, begin, end = column_tile(tile_n, out_features, WIDTHS, NUM_SLICES, BLOCK_N)
         first = tile_m * BLOCK_M
         rows, columns = first + tl.arange(0, BLOCK_M), begin + tl.arange(0, BLOCK_N)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if TMA:
-            for k_begin in range(0, in_features, BLOCK_K):
-                acc = dot(x.load([first, k_begin]), weight.load([begin, k_begin]).T, acc, PRECISION, UPCAST)
-        else:
-            x_rows = x + row_numbers(first, num_rows, BLOCK_M)[:, None] * x_row_stride
-            w_rows = weight + row_numbers(begin, end, BLOCK_N)[None, :] * w_row_stride
-            for k_begin in range(0, in_features, BLOCK_K):
-                k = k_begin + tl.arange(0, BLOCK_K)
-                x_block = load_block(x_rows, k[None, :], x_stride, in_features, EVEN_K)
-                w_block = load_block(w_rows, k[:, None], w_stride, in_features, EVEN_K)
-                acc = dot(x_block, w_block, acc, PRECISION, UPCAST)
-        if PDL:
-            gdc_wait()
-        b_rows = lora_b + row_numbers(begin, end, BLOCK_N)[None, :] * b_row_stride
-        for r_begin in range(0, padded_rank, BLOCK_R):
-            ranks = r_begin + tl.arange(0, BLOCK_R)
-            b_block = load_block(b_rows, ranks[:, None], b_stride, rank, False)
-            if TMA:
-                u_block = u.load([first, index * padded_rank + r_begin])
-            else:
-                u_rows = u + row_numbers(first, num_rows, BLOCK_M)[:, None] * u_row_stride + index * padded_rank
-                u_block = tl.load(u_rows + ranks[None, :])
-            acc = dot(u_block, b_block, acc, LOW_PRECISION, UPCAST)
+        acc = two_pass_tile(
+            x, weight, u, lora_b, first, begin, end, index * padded_rank, num_rows, in_features, rank, padded_rank,
+            x_row_stride, x_stride, w_row_stride, w_stride, u_row_stride, b_row_stride, b_stride,
+            EVEN_K, TMA, PDL, PRECISION, LOW_PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
         store_rows(y, acc, bias, rows, columns, num_rows, end, y_row_stride, y_stride, bias_stride, HAS_BIAS, UPCAST)
 
 

@@ -79,7 +79,13 @@ def lora_linear_backward(
     mask = mask if mask.numel() else None
     rank = lora_b.shape[1]
     grads, lows = skinny(
-        dy, lora_b.unsqueeze(0), scaling, right=h if need_b else None, need_low=need_x or need_a, out_splits=out_splits
+        dy,
+        lora_b.unsqueeze(0),
+        scaling,
+        right=h if need_b else None,
+        need_low=need_x or need_a,
+        out_splits=out_splits,
+        batch_invariant=batch_invariant,
     )
     if need_b:
         sum_planes(db, grads[:, 0])

@@ -1,25 +1,14 @@
 """``merge_``, ``merge_is_finite`` and ``switch_`` on Triton: one launch, one pass over the weight."""
 
+import dataclasses
 import functools
 
 import torch
 import triton
 
 from .. import triton_host as host
-from . import triton_kernels
-
-
-def config(itemsize, precision, strided, interpreted):
-    """(BLOCK_M, BLOCK_N, num_warps) of a tile of the weight, a pure function.
-
-    Products of float32 factors run on the plain units, and a weight whose elements are apart needs an address each:
-    both take more registers. The rest goes to mma.sync: bound by memory, a wider instruction would gain nothing.
-    """
-    if interpreted:
-        return 32, 32, 4
-    if precision == "ieee" or itemsize == 4 or strided:
-        return 32, 64, 4
-    return 32, 128, 4
+from .. import tuning
+from . import config, triton_kernels
 
 
 def _precision(lora_a, lora_b):
@@ -42,7 +31,13 @@ def _launch(weight, sign, finite, old, new=None):
     (left, right, scaling, precision), (new_left, new_right, new_scaling, new_precision) = factors
     target = weight.t() if turned else weight
     strict = "ieee" if new and "ieee" in (precision, new_precision) else precision
-    block_m, block_n, num_warps = config(weight.element_size(), strict, target.stride(1) != 1, host.INTERPRETED)
+    strided, tiles = target.stride(1) != 1, None
+    if strict == "tf32" and not (strided or turned):
+        rank = max(left.shape[1], new_left.shape[1])
+        sizes = {"N": target.shape[0], "K": target.shape[1], "R": rank, "B": weight.element_size()}
+        tiles = tuning.measured("switch_" if new else "merge_", host.gpu_name(weight), **sizes)
+    tiles = tiles or config.choose(weight.element_size(), strict, strided, host.INTERPRETED)
+    block_m, block_n, num_warps = dataclasses.astuple(tiles)
     tiles_n = -(-target.shape[1] // block_n)
     triton_kernels.merge_kernel[(-(-target.shape[0] // block_m) * tiles_n,)](
         target, finite, left, right, scaling, new_left, new_right, new_scaling,

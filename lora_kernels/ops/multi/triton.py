@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import triton
 
 from .. import triton_host as host
+from .. import tuning
 from . import config, triton_kernels
 
 _MAX_LISTED = 64
@@ -107,13 +108,20 @@ def _bank_of(lora_a, lora_b):
     return a_bank, b_bank
 
 
-def _config(x, weight, out_features, a, batch_invariant):
+def _config(op, x, weight, out_features, a, batch_invariant):
+    """What was measured for the op on this GPU, else the rule's: of the two halves the :class:`~.config.Tiles`."""
     aligned = host.aligned(x) and (weight is None or host.aligned(weight))
     plain = host.precision(x, a.one) == "ieee" or a.one.dtype == x.dtype
-    return config.choose(
-        *x.shape, out_features, a.columns, a.num_slots, x.element_size(), host.capability(x),
-        num_sms=host.num_sms(x), batch_invariant=batch_invariant, aligned=aligned, plain=plain,
+    sizes = (*x.shape, out_features, a.columns, a.num_slots, x.element_size())
+    if aligned and plain and not batch_invariant:
+        found = tuning.measured(op, host.gpu_name(x), **dict(zip("MKNCLB", sizes, strict=True)))
+        if found is not None:
+            return found
+    found = config.choose(
+        *sizes, host.capability(x), num_sms=host.num_sms(x), batch_invariant=batch_invariant, aligned=aligned,
+        plain=plain,
     )  # fmt: skip
+    return {"lora_shrink": found.shrink, "lora_expand_": found.expand}.get(op, found)
 
 
 def _tiles_of_slots(num_rows, block_m, num_slots):
@@ -238,7 +246,7 @@ def multi_lora_linear(
     with torch.no_grad():
         a = bank_a(a_bank, slot_ranks)
         b = bank_b(b_bank, slot_ranks, a.num_slices)
-        tiles = _config(x, weight, weight.shape[0], a, batch_invariant)
+        tiles = _config("multi_lora_linear", x, weight, weight.shape[0], a, batch_invariant)
         return run(x, weight, bias, a, b, slot_scalings, row_order, segment_starts, out_splits, tiles)
 
 
@@ -255,7 +263,7 @@ def multi_lora_linear_list(
             banks = _bank_of(lora_a, lora_b)
             return multi_lora_linear(x, weight, bias, *banks, slot_scalings, None, *plan, batch_invariant)
         a, b = listed(lora_a, lora_b, len(out_splits or (0,)))
-        tiles = _config(x, weight, weight.shape[0], a, batch_invariant)
+        tiles = _config("multi_lora_linear", x, weight, weight.shape[0], a, batch_invariant)
         return run(x, weight, bias, a, b, slot_scalings, *plan, tiles)
 
 
@@ -265,7 +273,7 @@ def lora_shrink(x, a_bank, slot_ranks, row_order, segment_starts, batch_invarian
         shape = (x.shape[0], *a_bank.shape[1:-1])
         if 0 in shape or a.num_slots == 0:
             return torch.zeros(shape, dtype=torch.float32, device=x.device)
-        tiles = _config(x, None, x.shape[1], a, batch_invariant).shrink
+        tiles = _config("lora_shrink", x, None, x.shape[1], a, batch_invariant)
         planes = _planes(x, a, tiles.split)
         _shrink(planes, x, a, row_order, segment_starts, tiles)
         h, (block_m, block_h) = torch.empty(shape, dtype=torch.float32, device=x.device), (16, 64)
@@ -279,7 +287,7 @@ def lora_shrink(x, a_bank, slot_ranks, row_order, segment_starts, batch_invarian
 def lora_expand_(y, h, b_bank, slot_scalings, slot_ranks, row_order, segment_starts, out_splits, batch_invariant):
     with torch.no_grad():
         b = bank_b(b_bank, slot_ranks, len(out_splits or (0,)))
-        tiles = _config(y, None, y.shape[1], b, batch_invariant).expand
+        tiles = _config("lora_expand_", y, None, y.shape[1], b, batch_invariant)
         planes = h.contiguous().view(1, y.shape[0], b.columns)
         _expand(y, planes, b, slot_scalings, row_order, segment_starts, out_splits, tiles, y)
 
