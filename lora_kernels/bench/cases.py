@@ -12,9 +12,11 @@ SHAPES = {
     "square-2048": (2048, 2048),
     "minilm-384": (384, 384),
 }
+# name: (in_features, out_features a projection) of a ``grouped`` case; a plain shape stands for two projections of it.
+GROUPS = {"llama3-8b-qkv": (4096, (4096, 1024, 1024))}
 NUM_TOKENS = (1, 4, 8, 16, 64, 512, 4096)
 NUM_ADAPTERS = 16  # of a ``multi`` case, taken by its rows in turn
-OPS = ("forward", "multi", "merge", "unmerge", "switch", "train", "overhead")
+OPS = ("forward", "multi", "grouped", "merge", "unmerge", "switch", "train", "overhead")
 DTYPES = ("bfloat16", "float32", "float16")
 
 
@@ -32,8 +34,20 @@ class Case:
 
     @property
     def sizes(self):
-        """(in_features, out_features)"""
-        return (4, 4) if self.op == "overhead" else SHAPES[self.shape]
+        """(in_features, out_features), of a ``grouped`` case those of all projections together."""
+        if self.op == "overhead":
+            return (4, 4)
+        return (self._group[0], sum(self.widths)) if self.op == "grouped" else SHAPES[self.shape]
+
+    @property
+    def _group(self):
+        in_features, out_features = SHAPES.get(self.shape, (None, None))
+        return GROUPS.get(self.shape, (in_features, (out_features, out_features)))
+
+    @property
+    def widths(self):
+        """out_features of each projection of a ``grouped`` case."""
+        return self._group[1]
 
     @property
     def name(self):
@@ -51,6 +65,8 @@ class Case:
             return 1 + skinny
         if self.op == "train":
             return 1 + 1.5 * skinny  # six skinny products beside the base's two
+        if self.op == "grouped":
+            return 1 + self.rank * (len(self.widths) * in_features + out_features) / (in_features * out_features)
         if self.op == "multi":
             return 1 + min(self.num_tokens, NUM_ADAPTERS) * skinny  # bytes: rows bring their own adapters
         return None
@@ -67,7 +83,7 @@ def _around(shapes, dtypes):
     """Everything but the forward of one adapter."""
     found = []
     for shape, dtype in itertools.product(shapes, dtypes):
-        found += [Case("multi", shape, 16, dtype=dtype)]
+        found += [Case("multi", shape, 16, dtype=dtype), Case("grouped", shape, 16, dtype=dtype)]
         found += [Case(op, shape, dtype=dtype) for op in ("merge", "unmerge", "switch")]
         found += [Case("train", shape, 512, dtype=dtype, dropout=p) for p in (0.0, 0.1)]
     return [*found, *(Case("overhead", "4x4", 4, rank=4, dtype=dtype) for dtype in dtypes)]

@@ -41,8 +41,9 @@ class Inputs:
         copies = math.ceil(CACHE_BYTES / (weight.numel() * weight.element_size()))
         self.weights = [weight.clone() for _ in range(min(max(copies, 2), MAX_COPIES))]
         count = {"multi": NUM_ADAPTERS, "switch": 2}.get(case.op, 1)
-        self.lora_a = [normal(case.rank, in_features, std=in_features**-0.5, dtype=adapter_dtype) for _ in range(count)]
-        self.lora_b = [normal(out_features, case.rank, std=0.01, dtype=adapter_dtype) for _ in range(count)]
+        widths = case.widths if case.op == "grouped" else [out_features] * count  # of each adapter
+        self.lora_a = [normal(case.rank, in_features, std=in_features**-0.5, dtype=adapter_dtype) for _ in widths]
+        self.lora_b = [normal(width, case.rank, std=0.01, dtype=adapter_dtype) for width in widths]
         self.scaling = torch.tensor(1.0, device=device)
         self._next = itertools.cycle(range(len(self.weights)))
 
@@ -55,7 +56,7 @@ class Inputs:
 def contenders(case, device="cpu", only=None):
     """{name: function} of the case, within the right grad mode; ``only``: names to keep."""
     inputs = Inputs(case, device)
-    with torch.inference_mode(case.op in ("forward", "multi", "overhead")):
+    with torch.inference_mode(case.op in ("forward", "multi", "grouped", "overhead")):
         runs = _MAKERS[case.op](inputs)
         yield {name: run for name, run in runs.items() if only is None or name in only}
 
@@ -93,6 +94,28 @@ def _multi(inputs):
     if PEFT_INSTALLED:
         layers, names = _peft_layers(inputs), [f"a{slot}" for slot in slots.tolist()]
         runs["peft"] = lambda: inputs.next(layers)(x, adapter_names=names)
+    return runs
+
+
+def _grouped(inputs):
+    """Projections that read the same x, an adapter each; the rows of a weight are those of all projections."""
+    x, a, b = inputs.x, inputs.lora_a, inputs.lora_b
+    copies = [weight.split(inputs.case.widths) for weight in inputs.weights]
+    no_bias, scalings = [None] * len(a), [inputs.scaling] * len(a)
+
+    def addmm():
+        parts = zip(inputs.next(copies), a, b, strict=True)
+        return [_addmm(F.linear(x, weight), x, lora_a, lora_b) for weight, lora_a, lora_b in parts]
+
+    runs = {
+        "base": lambda: [F.linear(x, weight) for weight in inputs.next(copies)],
+        "addmm_": addmm,
+        "ours": lambda: list(ops.grouped_lora_linear(x, inputs.next(copies), no_bias, a, b, scalings)),
+    }
+    if PEFT_INSTALLED:
+        each = [_peft_layers(inputs, *one) for one in zip(zip(*copies, strict=True), zip(a), zip(b), strict=True)]
+        layers = list(zip(*each, strict=True))
+        runs["peft"] = lambda: [layer(x) for layer in inputs.next(layers)]
     return runs
 
 
@@ -210,21 +233,22 @@ def _linear(weight):
     return linear
 
 
-def _peft_layers(inputs):
-    """PEFT's layer over each copy of the weight, with the same adapters "a0", "a1", ..."""
+def _peft_layers(inputs, weights=None, lora_a=None, lora_b=None):
+    """PEFT's layer over each copy of the weight, with the same adapters "a0", "a1", ...; by default those of inputs."""
     import peft
 
-    case = inputs.case
+    case, weights = inputs.case, weights or inputs.weights
+    lora_a, lora_b = lora_a or inputs.lora_a, lora_b or inputs.lora_b
     options = {"r": case.rank, "lora_alpha": case.rank, "target_modules": ["0"], "lora_dropout": case.dropout}
     layers = []
-    for weight in inputs.weights:
+    for weight in weights:
         model = peft.get_peft_model(
             nn.Sequential(_linear(weight)), peft.LoraConfig(**options), "a0", autocast_adapter_dtype=False
         )
-        for index in range(1, len(inputs.lora_a)):
+        for index in range(1, len(lora_a)):
             model.add_adapter(f"a{index}", peft.LoraConfig(**options))
         layer = model.base_model.model[0]
-        for index, (a, b) in enumerate(zip(inputs.lora_a, inputs.lora_b, strict=True)):
+        for index, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
             for factor, value in ((layer.lora_A, a), (layer.lora_B, b)):
                 factor[f"a{index}"].weight = nn.Parameter(value.detach().clone())
         layers.append(layer.train(case.op == "train"))
@@ -234,6 +258,7 @@ def _peft_layers(inputs):
 _MAKERS = {
     "forward": _forward,
     "multi": _multi,
+    "grouped": _grouped,
     "merge": _merge,
     "unmerge": _merge,
     "switch": _switch,

@@ -27,6 +27,9 @@ PARTS = {
     "train": [Case("train", shape, 8192, 16, dropout=p) for shape in _MODEL[:3] for p in (0.0, 0.1)],
     "merge": [Case(op, "llama3-8b-qo", rank=r) for op in ("merge", "unmerge", "switch") for r in (16, 64)],
     "multi": [Case("multi", shape, m) for shape in _MODEL[:2] for m in (64, 512)],
+    "grouped": [
+        Case("grouped", shape, m) for shape in ("llama3-8b-qkv", "llama3-8b-gate-up") for m in (16, 512, 2048, 8192)
+    ],
 }
 # The op behind each kind of case: a backend without it is not timed.
 NEEDS = {
@@ -36,6 +39,7 @@ NEEDS = {
     "unmerge": "merge_",
     "switch": "switch_",
     "multi": "multi_lora_linear",
+    "grouped": "grouped_lora_linear",
 }
 LEFT_OUT_OF_GRAPHS = ("peft",)  # its Python is what a user pays, and a graph would hide it
 

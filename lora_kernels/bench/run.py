@@ -7,7 +7,7 @@ import sys
 import torch
 
 from . import report
-from .cases import DTYPES, NUM_TOKENS, OPS, SHAPES, Case, suite
+from .cases import DTYPES, GROUPS, NUM_TOKENS, OPS, SHAPES, Case, suite
 from .contenders import PEFT_INSTALLED
 from .measure import facts, measure
 from .targets import targets
@@ -44,7 +44,7 @@ def _arguments(argv):
     parser = argparse.ArgumentParser(prog="lora_kernels bench", description=__doc__.partition(": ")[2])
     parser.add_argument("--suite", choices=("default", "full", "quick", "targets"), default="default")
     parser.add_argument("--op", nargs="+", choices=OPS, help="with --shape and the like: all combinations")
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, help="named shapes")
+    parser.add_argument("--shape", nargs="+", choices=[*SHAPES, *GROUPS], help="named shapes")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
     parser.add_argument("--tokens", nargs="+", type=int, metavar="M", help="rows of the forward and the train cases")
     parser.add_argument("--rank", nargs="+", type=int)
@@ -57,6 +57,8 @@ def _arguments(argv):
     for name in ("tokens", "rank"):
         if any(value < 1 for value in getattr(args, name) or ()):
             parser.error(f"--{name}: expected numbers >= 1, got {getattr(args, name)}")
+    if set(args.shape or ()) & set(GROUPS) and args.op != ["grouped"]:
+        parser.error(f"--shape: {', '.join(GROUPS)} go with --op grouped")
     if args.seconds <= 0 or (args.threads is not None and args.threads < 1):
         parser.error("--seconds, --threads: expected a number above 0")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -94,7 +96,7 @@ def _chosen(args):
 def _case(op, shape, num_tokens, rank, dtype):
     if op == "overhead":
         return Case(op, "4x4", 4, 4, dtype)
-    return Case(op, shape, num_tokens if op in ("forward", "multi", "train") else 0, rank, dtype)
+    return Case(op, shape, num_tokens if op in ("forward", "multi", "grouped", "train") else 0, rank, dtype)
 
 
 def _targets(args):

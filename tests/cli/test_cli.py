@@ -96,6 +96,9 @@ def test_bench_refuses_bad_numbers(capsys):
             main(["bench", *argv])
         assert stopped.value.code == 2
     assert "nowhere" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "--shape", "llama3-8b-qkv", "--op", "grouped", "forward"])
+    assert "llama3-8b-qkv go with --op grouped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("op", cases.OPS)
@@ -106,7 +109,7 @@ def test_contenders_do_the_same_work(op, monkeypatch):
     with contenders(case) as runs:
         assert {"base", "ours"} <= set(runs)
         results = {name: run() for name, run in runs.items()}
-    if op in ("forward", "multi"):
+    if op in ("forward", "multi", "grouped"):
         # the weights are copies of one, so whose turn it is does not matter
         for name in set(results) - {"base", "ours"}:
             torch.testing.assert_close(results[name], results["ours"])
@@ -119,4 +122,12 @@ def test_suites():
     assert {case.num_tokens for case in cases.suite("full") if case.op == "forward"} == set(cases.NUM_TOKENS)
     with pytest.raises(ValueError, match="suite"):
         cases.suite("nowhere")
-    assert {target.case.op for target in targets.targets()} == set(cases.OPS)
+    # On a CPU models run each projection by itself: of the grouped op nothing is promised there.
+    assert {target.case.op for target in targets.targets()} == set(cases.OPS) - {"grouped"}
+
+
+def test_sizes_of_a_grouped_case():
+    qkv, pair = cases.Case("grouped", "llama3-8b-qkv", 16), cases.Case("grouped", "llama3-8b-gate-up", 16)
+    assert (qkv.sizes, qkv.widths) == ((4096, 6144), (4096, 1024, 1024))
+    assert (pair.sizes, pair.widths) == ((4096, 28672), (14336, 14336))
+    assert qkv.limit == pytest.approx(1 + 16 * (3 * 4096 + 6144) / (4096 * 6144))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lora_kernels.bench import gpu, published
+from lora_kernels.tune.run import _arguments as tune_arguments
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -18,11 +19,41 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert gpu.main(["decode", "--out", str(tmp_path)]) == 2
     assert "no CUDA device" in capsys.readouterr().err
-    command = ["bash", str(ROOT / "bench" / "gpu.sh"), str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
+    run = _script(str(tmp_path))
     assert run.returncode == 2
     assert "no CUDA device" in run.stderr
+    assert "nothing was run. It needs a GPU from sm_80 on" in run.stderr
     assert not list(tmp_path.iterdir())
+
+
+def _script(*arguments, python=sys.executable):
+    command = ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": python})
+
+
+def test_what_the_script_would_run_fits_ten_minutes_and_is_there(tmp_path):
+    run = _script("--dry-run", str(tmp_path / "out"))
+    assert run.returncode == 0
+    parts = {name: (int(limit), command) for name, limit, *command in map(str.split, run.stdout.splitlines())}
+    assert sum(limit for limit, _ in parts.values()) <= 600
+    assert parts.keys() > gpu.PARTS.keys()
+    for name in gpu.PARTS:
+        assert parts[name][1] == [sys.executable, "-m", "lora_kernels.bench.gpu", name, "--out", str(tmp_path / "out")]
+    command = parts["tune"][1]
+    assert tune_arguments(command[command.index("tune") + 1 :]).budget < parts["tune"][0]
+    for _, command in parts.values():
+        for path in (word.removeprefix("--ignore=") for word in command if "tests/" in word or "bench/" in word):
+            assert (ROOT / path).exists(), path
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_refuses_what_it_does_not_know(tmp_path):
+    run = _script("--dry-run", str(tmp_path), "decode", "nope")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "no part 'nope'; there are: build tests" in run.stderr
+    run = _script(str(tmp_path), python="/nowhere/python")
+    assert run.returncode == 2
+    assert "no interpreter /nowhere/python" in run.stderr
 
 
 def test_the_report_has_ratios_and_limits(tmp_path, monkeypatch):
