@@ -12,7 +12,14 @@ from .inputs import (
     make_linear,
     make_multi,
 )
-from .oracle import eager_lora_linear, exact_lora_linear, exact_merge, exact_multi_lora_linear
+from .oracle import (
+    eager_lora_embedding,
+    eager_lora_linear,
+    embedding_results,
+    exact_lora_linear,
+    exact_merge,
+    exact_multi_lora_linear,
+)
 
 __all__ = [
     "DTYPES",
@@ -22,7 +29,9 @@ __all__ = [
     "LinearCase",
     "MultiCase",
     "assert_within_budget",
+    "eager_lora_embedding",
     "eager_lora_linear",
+    "embedding_results",
     "error_ratio",
     "exact_lora_linear",
     "exact_merge",

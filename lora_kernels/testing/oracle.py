@@ -44,6 +44,22 @@ def exact_multi_lora_linear(x, weight, bias, a_bank, b_bank, slot_scalings, toke
     return y
 
 
+def eager_lora_embedding(ids, weight, lora_a, lora_b, scaling, padding_idx=None):
+    """``lora_embedding`` as PEFT's eager code rounds it; in float64 where the tensors are."""
+    update = F.linear(F.embedding(ids, lora_a.t(), padding_idx), lora_b) * scaling
+    return (F.embedding(ids, weight) + update).to(weight.dtype)
+
+
+def embedding_results(function, case, dtype=None, padding_idx=None):
+    """[y, dA, dB] of a function with the arguments of ``lora_embedding``, for a dY from a fixed seed; ``dtype``: cast
+    the case's tensors to it first."""
+    weight, lora_a, lora_b = (t.detach().to(dtype or t.dtype) for t in (case.weight, case.lora_a, case.lora_b))
+    leaves = [lora_a.requires_grad_(), lora_b.requires_grad_()]
+    y = function(case.ids, weight, *leaves, case.scaling, padding_idx=padding_idx)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(case.weight.dtype)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.device, y.dtype))]
+
+
 def exact_merge(weight, *terms):
     """``W + Σ s · B A`` in float64; ``terms`` are (lora_a, lora_b, s)."""
     result = weight.double()

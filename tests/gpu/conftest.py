@@ -37,6 +37,16 @@ def gpu_backend(request):
 
 
 @pytest.fixture
+def triton_on_a_gpu():
+    """Runs the test on Triton, forced and compiled."""
+    reason = "TRITON_INTERPRET is set" if triton_backend.interpreted() else dispatch.unavailable("triton")
+    if reason is not None:
+        pytest.skip(f"backend triton: {reason}")
+    with lk.use_backend("triton"):
+        yield
+
+
+@pytest.fixture
 def needs(gpu_backend):
     """``needs("merge_", …)`` skips where the backend has no kernel for one of the ops."""
 

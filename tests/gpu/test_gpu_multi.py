@@ -7,24 +7,14 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels.check import _eager_multi, _exact_multi
-from lora_kernels.ops import dispatch, triton_backend
 from lora_kernels.ops.multi import config
 from lora_kernels.testing import DTYPES, assert_within_budget, make_multi
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("triton_on_a_gpu")]
 ROUTES = ("decode", "fused", "vendor")
 # M, K, N, max_rank, slots; ``decode`` streams W for few rows.
 SHAPES = ((1, 4096, 1024, 16, 4), (48, 2048, 4096, 64, 64), (64, 1031, 997, 20, 7))
 MANY_ROWS = ((300, 2048, 1024, 16, 8), (2048, 4096, 4096, 16, 3), (515, 1031, 997, 40, 5))
-
-
-@pytest.fixture(autouse=True)
-def _triton_on_a_gpu():
-    reason = "TRITON_INTERPRET is set" if triton_backend.interpreted() else dispatch.unavailable("triton")
-    if reason is not None:
-        pytest.skip(f"backend triton: {reason}")
-    with lk.use_backend("triton"):
-        yield
 
 
 @pytest.fixture(params=ROUTES)

@@ -5,7 +5,16 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels.check import CHECKS, DTYPES, NEEDS
-from lora_kernels.testing import assert_within_budget, make_linear
+from lora_kernels.ops.dora.api import row_norm
+from lora_kernels.testing import (
+    assert_within_budget,
+    eager_lora_embedding,
+    embedding_results,
+    make_embedding,
+    make_grouped,
+    make_linear,
+    make_multi,
+)
 
 from .calls import CALLS
 
@@ -17,6 +26,8 @@ SHAPES = (
     (300, 4096, 4096, 16),
     (700, 2048, 5632, 128),
 )
+# Rows of 1025 that are compared with the same rows of all.
+PARTS = (slice(0, 1), slice(7, 40), slice(100, 612), slice(512, 1025))
 
 
 def test_every_check_says_what_it_needs():
@@ -30,6 +41,28 @@ def test_within_budget_at_real_sizes(op, dtypes, needs):
     for shape in SHAPES:
         for index, (ours, eager, exact) in enumerate(CHECKS[op](shape, *DTYPES[dtypes], "cuda")):
             assert_within_budget(ours, eager, exact, f"{op} {shape}, result {index}")
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize(("tokens", "embeddings", "rank"), [(1, 32000, 16), (4096, 32000, 16), (700, 50, 100)])
+def test_embeddings_are_within_budget_at_real_sizes(tokens, embeddings, rank, dtypes, needs):
+    needs("lora_embedding", "lora_embedding_backward")
+    case = make_embedding(tokens, embeddings, 4096, rank, *DTYPES[dtypes], device="cuda")
+    found = embedding_results(lk.ops.lora_embedding, case, padding_idx=3)
+    expected = [embedding_results(eager_lora_embedding, case, dtype, 3) for dtype in (None, torch.float64)]
+    for name, *results in zip(("y", "da", "db"), found, *expected, strict=True):
+        assert_within_budget(*results, name)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("shape", [(4096, 4096, 16), (1031, 997, 130)], ids=str)
+def test_row_norms_at_real_sizes(shape, dtypes, needs):
+    needs("row_norm")
+    case = make_linear(1, *shape, *DTYPES[dtypes], device="cuda")
+    update = case.lora_b.double() @ case.lora_a.double()
+    exact = (case.weight.double() + case.scaling.double() * update).norm(dim=1)
+    ours = row_norm(case.weight, case.lora_a, case.lora_b, case.scaling)
+    assert bool(((ours - exact).abs() <= 8 * torch.finfo(torch.float32).eps * exact).all())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (65, 129), (1000, 2048)])
@@ -125,10 +158,38 @@ def test_batch_invariant_rows_have_the_same_bits_in_any_batch(dtype, rank, gpu_b
         whole = lk.ops.lora_linear(*case.args())
         adapter = (case.lora_a, case.lora_b, case.scaling)
         added = lk.ops.lora_add_(torch.zeros_like(whole), case.x, *adapter)
-        for rows in (slice(0, 1), slice(7, 40), slice(100, 612), slice(512, 1025)):
+        for rows in PARTS:
             part = case.x[rows]
             assert torch.equal(lk.ops.lora_linear(part, case.weight, case.bias, *adapter), whole[rows])
             assert torch.equal(lk.ops.lora_add_(torch.zeros_like(whole[rows]), part, *adapter), added[rows])
+
+
+def test_batch_invariant_rows_of_many_adapters(gpu_backend, needs):
+    needs("multi_lora_linear")
+    case = make_multi(1025, 2048, 3072, 16, 6, torch.bfloat16, device="cuda")
+
+    def run(rows):
+        plan = lk.ops.plan_batch(case.token_slots[rows], case.slot_ranks, num_slots=6)
+        banks = (case.a_bank, case.b_bank, case.slot_scalings)
+        return lk.ops.multi_lora_linear(case.x[rows], case.weight, case.bias, *banks, plan)
+
+    with lk.use_backend(gpu_backend, batch_invariant=True):
+        whole = run(slice(None))
+        assert all(torch.equal(run(rows), whole[rows]) for rows in PARTS)
+
+
+def test_batch_invariant_rows_of_projections_that_share_their_input(gpu_backend, needs):
+    needs("grouped_lora_linear", "grouped_lora_backward")
+    case = make_grouped(1025, 2048, (2048, 512, 512), (16, 16, 8), torch.bfloat16, device="cuda")
+
+    def run(rows):
+        x = case.x[rows].clone().requires_grad_()
+        y = lk.ops.grouped_lora_linear(x, *case.groups()[1:], case.scalings)
+        return torch.cat([*y, *torch.autograd.grad(y, x, [torch.ones_like(part) for part in y])], 1).detach()
+
+    with lk.use_backend(gpu_backend, batch_invariant=True):
+        whole = run(slice(None))
+        assert all(torch.equal(run(rows), whole[rows]) for rows in PARTS)
 
 
 def test_offsets_beyond_two_to_the_31(needs):

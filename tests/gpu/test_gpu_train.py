@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.ops import dispatch, triton_backend
+from lora_kernels.ops import dispatch
 from lora_kernels.ops.linear.dropout import dropout_mask, unpack_mask
 from lora_kernels.testing import (
     DTYPES,
@@ -15,16 +15,7 @@ from lora_kernels.testing import (
     make_multi,
 )
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _triton_on_a_gpu():
-    reason = "TRITON_INTERPRET is set" if triton_backend.interpreted() else dispatch.unavailable("triton")
-    if reason is not None:
-        pytest.skip(f"backend triton: {reason}")
-    with lk.use_backend("triton"):
-        yield
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("triton_on_a_gpu")]
 
 
 def _gradients(function, case, dtype=None):

@@ -8,20 +8,13 @@ from torch import nn
 import lora_kernels as lk
 from lora_kernels.layers.embedding import LoraEmbedding
 from lora_kernels.ops import lora_embedding
-from lora_kernels.testing import DTYPES, assert_within_budget, make_embedding
-
-
-def _gradients(function, case, dtype=None, padding_idx=None):
-    weight, lora_a, lora_b = (t.detach().to(dtype or t.dtype) for t in (case.weight, case.lora_a, case.lora_b))
-    leaves = [lora_a.requires_grad_(), lora_b.requires_grad_()]
-    y = function(case.ids, weight, *leaves, case.scaling, padding_idx=padding_idx)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(case.weight.dtype)
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.device, y.dtype))]
-
-
-def eager(ids, weight, lora_a, lora_b, scaling, padding_idx=None):
-    update = F.linear(F.embedding(ids, lora_a.t(), padding_idx), lora_b) * scaling
-    return (F.embedding(ids, weight) + update).to(weight.dtype)
+from lora_kernels.testing import (
+    DTYPES,
+    assert_within_budget,
+    eager_lora_embedding,
+    embedding_results,
+    make_embedding,
+)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
@@ -29,8 +22,10 @@ def eager(ids, weight, lora_a, lora_b, scaling, padding_idx=None):
 def test_results_and_gradients_are_within_budget(shape, dtypes):
     for padding_idx, base in ((None, True), (2, False), (-1, False)):
         case = make_embedding(*shape, *DTYPES[dtypes], base=base)
-        found = _gradients(lora_embedding, case, padding_idx=padding_idx)
-        expected = [_gradients(eager, case, dtype, padding_idx) for dtype in (None, torch.float64)]
+        found = embedding_results(lora_embedding, case, padding_idx=padding_idx)
+        expected = [
+            embedding_results(eager_lora_embedding, case, dtype, padding_idx) for dtype in (None, torch.float64)
+        ]
         for index, (ours, theirs, exact) in enumerate(zip(found, *expected, strict=True)):
             assert_within_budget(ours, theirs, exact, f"padding {padding_idx}, result {index}")
 

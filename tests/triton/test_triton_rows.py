@@ -2,11 +2,17 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from lora_kernels.ops import lora_embedding
 from lora_kernels.ops.dora.api import row_norm
-from lora_kernels.testing import DTYPES, assert_within_budget, make_embedding, make_linear
+from lora_kernels.testing import (
+    DTYPES,
+    assert_within_budget,
+    eager_lora_embedding,
+    embedding_results,
+    make_embedding,
+    make_linear,
+)
 
 pytest.importorskip("lora_kernels.ops.embedding.triton")
 
@@ -41,28 +47,17 @@ def test_row_norm_refuses_other_dtypes(device):
         row_norm(case.weight.double(), case.lora_a, case.lora_b, 1.0)
 
 
-def _gradients(function, case, dtype=None, padding_idx=None):
-    weight, lora_a, lora_b = (t.detach().to(dtype or t.dtype) for t in (case.weight, case.lora_a, case.lora_b))
-    leaves = [lora_a.requires_grad_(), lora_b.requires_grad_()]
-    y = function(case.ids, weight, *leaves, case.scaling, padding_idx=padding_idx)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(case.weight.dtype)
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.device, y.dtype))]
-
-
-def _eager(ids, weight, lora_a, lora_b, scaling, padding_idx=None):
-    update = F.linear(F.embedding(ids, lora_a.t(), padding_idx), lora_b) * scaling
-    return (F.embedding(ids, weight) + update).to(weight.dtype)
-
-
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_embedding_and_its_gradients(dtypes, device):
     for shape, padding_idx in (((1, 3, 5, 1), None), ((40, 11, 37, 5), 3), ((18, 90, 48, 20), None)):
         case = make_embedding(*shape, *DTYPES[dtypes], base=padding_idx is None, device=device)
-        found = _gradients(lora_embedding, case, padding_idx=padding_idx)
-        expected = [_gradients(_eager, case, dtype, padding_idx) for dtype in (None, torch.float64)]
+        found = embedding_results(lora_embedding, case, padding_idx=padding_idx)
+        expected = [
+            embedding_results(eager_lora_embedding, case, dtype, padding_idx) for dtype in (None, torch.float64)
+        ]
         for index, (ours, theirs, exact) in enumerate(zip(found, *expected, strict=True)):
             assert_within_budget(ours, theirs, exact, f"{shape}, result {index}")
-        assert all(map(torch.equal, _gradients(lora_embedding, case, padding_idx=padding_idx), found))
+        assert all(map(torch.equal, embedding_results(lora_embedding, case, padding_idx=padding_idx), found))
 
 
 def test_an_id_out_of_range_gives_nan_and_reads_nothing(device):

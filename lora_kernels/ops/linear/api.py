@@ -19,6 +19,17 @@ def autocast_dtype(device_type):
     return torch.get_autocast_dtype(device_type)
 
 
+def flat_and_cast(x, weight, bias):
+    """(x as a matrix, weight, bias, type of the device); in autocast's dtype where it is on."""
+    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    device_type = x.device.type
+    dtype = autocast_dtype(device_type)
+    if dtype is not None and x.dtype is not torch.float64:
+        x2, weight = x2.to(dtype), weight.to(dtype)
+        bias = bias if bias is None else bias.to(dtype)
+    return x2, weight, bias, device_type
+
+
 def lora_linear(
     x,
     weight,
@@ -56,12 +67,7 @@ def lora_linear(
         ValueError, TypeError: an argument of the wrong shape, dtype or device; the message names it.
     """
     try:
-        x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        device_type = x.device.type
-        dtype = autocast_dtype(device_type)
-        if dtype is not None and x.dtype is not torch.float64:
-            x2, weight = x2.to(dtype), weight.to(dtype)
-            bias = bias if bias is None else bias.to(dtype)
+        x2, weight, bias, device_type = flat_and_cast(x, weight, bias)
         grad = torch.is_grad_enabled() and (
             x2.requires_grad
             or weight.requires_grad

@@ -3,7 +3,7 @@
 import torch
 
 from .. import checks, dispatch
-from ..linear.api import autocast_dtype, mark_written
+from ..linear.api import autocast_dtype, flat_and_cast, mark_written
 from ..wide import wide_dtype
 from .autograd import MultiLoraLinear, live_part
 from .plan import check_plan
@@ -32,12 +32,7 @@ def multi_lora_linear(x, weight, bias, a_bank, b_bank, slot_scalings, plan, *, o
     """
     listed = isinstance(a_bank, (list, tuple))
     try:
-        x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        device_type = x.device.type
-        dtype = autocast_dtype(device_type)
-        if dtype is not None and x.dtype is not torch.float64:
-            x2, weight = x2.to(dtype), weight.to(dtype)
-            bias = bias if bias is None else bias.to(dtype)
+        x2, weight, bias, device_type = flat_and_cast(x, weight, bias)
         native = not dispatch.check_first and device_type == "cpu" and not torch.compiler.is_compiling()
         if not (native and _agree(x2, a_bank, b_bank, slot_scalings, plan, listed)):
             _check(x2, weight, bias, a_bank, b_bank, slot_scalings, plan, out_splits, listed)
