@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import lora_kernels as lk
 from lora_kernels.ops import dispatch
@@ -11,6 +12,7 @@ from lora_kernels.testing import (
     assert_within_budget,
     eager_lora_linear,
     exact_lora_linear,
+    make_grouped,
     make_linear,
     make_multi,
 )
@@ -77,6 +79,39 @@ def test_a_step_in_a_cuda_graph_reads_the_adapters_and_the_seed_anew():
         graph.replay()
         replayed = [tensor.clone() for tensor in captured]
         assert all(map(torch.equal, replayed, step()))
+
+
+@pytest.mark.parametrize("op", ["lora_linear", "grouped_lora_linear"])
+def test_a_training_step_compiles_as_one_graph(op):
+    """Forward with its gradients, and with dropout where the op has it: the bits of eager."""
+    if op == "lora_linear":
+        case, seed = make_linear(300, 1024, 768, 16, torch.bfloat16, device="cuda"), torch.tensor(5, device="cuda")
+        leaves = [tensor.requires_grad_() for tensor in (case.x, case.lora_a, case.lora_b)]
+        run = lambda: lk.ops.lora_linear(*case.args(), dropout_p=0.1, dropout_seed=seed)  # noqa: E731
+    else:
+        case = make_grouped(300, 1024, (768, 256), (16, 8), torch.bfloat16, device="cuda")
+        leaves = [tensor.requires_grad_() for tensor in (case.x, *case.lora_a, *case.lora_b)]
+        run = lambda: torch.cat(lk.ops.grouped_lora_linear(*case.args()), 1)  # noqa: E731
+    expected = run()
+    found = torch.compile(run, fullgraph=True)()
+    dy = torch.ones_like(expected)
+    assert torch.equal(found, expected)
+    pairs = zip(torch.autograd.grad(found, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True)
+    assert all(torch.equal(ours, eager) for ours, eager in pairs)
+
+
+def test_checkpointing_draws_the_same_mask_again():
+    case = make_linear(300, 1024, 768, 16, torch.bfloat16, device="cuda")
+    a, found = case.lora_a.requires_grad_(), []
+
+    def run(x):
+        return lk.ops.lora_linear(x, case.weight, case.bias, a, case.lora_b, case.scaling, dropout_p=0.5)
+
+    for checkpointed in (False, True):
+        torch.manual_seed(5)
+        y = torch.utils.checkpoint.checkpoint(run, case.x, use_reentrant=False) if checkpointed else run(case.x)
+        found.append(torch.autograd.grad(y.float().square().sum(), a)[0])
+    assert torch.equal(*found)
 
 
 def _gradients_of_ones(case, seed):
