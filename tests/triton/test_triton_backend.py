@@ -86,6 +86,32 @@ def test_the_function_on_the_cuda_key(forced, monkeypatch):
         assert "not yet run on hardware" in lk.explain()
 
 
+_TOO_OLD = (
+    "Tesla T4 has compute capability 7.5, 8.0 or newer is needed",
+    "triton 3.5.1 is too old, 3.6 or newer is needed",
+    "triton is not installed (pip install 'triton>=3.6')",
+    "weight is torch.float64; the kernel takes float32, float16 and bfloat16",
+)
+
+
+@pytest.mark.parametrize("reason", _TOO_OLD)
+def test_auto_takes_another_path_and_explain_says_which_and_why(reason, monkeypatch):
+    """Of an op that a GPU has proven; the reasons are those of a GPU, of a package and of a call."""
+    monkeypatch.setattr(cuda_choice, "calls", {})
+    monkeypatch.setattr(cuda_choice, "PROVEN", {"cuda": frozenset(), "triton": frozenset({"lora_linear"})})
+    monkeypatch.setattr(cuda_choice, "refusal", lambda backend, name, args: reason)
+    monkeypatch.setattr(triton_backend, "problem", lambda: reason)
+    chosen = cuda_choice._chooser("lora_linear", lambda *args: "reference", lambda: None)
+    assert chosen(1) == "reference"
+    text = lk.explain()
+    assert f"triton: can not run: {reason}" in text
+    assert "cuda tensors, lora_linear: reference ran 1 calls (" in text
+    assert f"triton: {reason})" in text
+    with pytest.raises(RuntimeError, match="backend 'triton' can not run here: ") as error:
+        lk.use_backend("triton").__enter__()
+    assert reason in str(error.value)
+
+
 def test_a_launch_is_made_on_the_device_of_the_tensors(monkeypatch):
     entered = []
 
