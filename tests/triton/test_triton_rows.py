@@ -43,8 +43,10 @@ def test_row_norm_of_rows_that_the_update_cancels_and_of_none(device):
 
 def test_row_norm_refuses_other_dtypes(device):
     case = make_linear(1, 8, 8, 2, device=device)
-    with pytest.raises(RuntimeError, match=r"row_norm: .*weight is torch.float64; the kernel takes float32"):
+    with pytest.raises(RuntimeError, match=r"row_norm: backend 'triton' has no kernel for float64; the reference has"):
         row_norm(case.weight.double(), case.lora_a, case.lora_b, 1.0)
+    with pytest.raises(RuntimeError, match=r"row_norm: .*lora_a is torch.float64; the kernel takes float32"):
+        row_norm(case.weight, case.lora_a.double(), case.lora_b, 1.0)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)

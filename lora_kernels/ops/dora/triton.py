@@ -48,7 +48,9 @@ def row_norm(weight, lora_a, lora_b, scaling):
         if rows == 0:
             return norm
         precision = "ieee" if torch.float32 in (lora_a.dtype, lora_b.dtype) else "tf32"
-        block_n = 32 if host.INTERPRETED else 64 if precision == "ieee" or weight.element_size() == 4 else 128
+        # Elements apart need an address each: with products on the plain units a wider tile would spill.
+        narrow = host.INTERPRETED or (precision == "ieee" and weight.stride(1) != 1)
+        block_n = 32 if narrow else 64 if precision == "ieee" or weight.element_size() == 4 else 128
         block_r = min(16 if precision == "ieee" else 32, max(16, triton.next_power_of_2(lora_a.shape[0])))
         row_norm_kernel[(-(-rows // 16),)](
             norm, weight, lora_a, lora_b, scaling, rows, columns, lora_a.shape[0],

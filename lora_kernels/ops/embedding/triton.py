@@ -36,7 +36,8 @@ def lora_embedding_backward(dy, ids, lora_a, lora_b, scaling, padding_idx, need_
         db = torch.zeros_like(lora_b) if need_b else lora_b.new_empty(0)
         if dy.numel() == 0 or not (need_a or need_b):
             return da, db
-        right = lora_a.index_select(1, ids).t().contiguous() if need_b else None
+        # As float32, though it holds no more than A's dtype: with a narrow one ptxas serialises wgmma.
+        right = lora_a.index_select(1, ids).t().float().contiguous() if need_b else None
         grads, lows = skinny(dy, lora_b.unsqueeze(0), scaling, right=right, need_low=need_a)
         if need_b:
             sum_planes(db, grads[:, 0])
