@@ -5,9 +5,9 @@ from ..io.checkpoint import PICKLE_NAME as WEIGHTS_NAME
 from ..io.checkpoint import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from ..names import EMBEDDING_NAMES as _EMBEDDING_NAMES
 from ..suffixes import MIN_TARGETS as MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from ..target_words import TASK_HEADS
 from ..targeting import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..targeting import DEFAULT_TARGETS as TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from ..targeting import TASK_HEADS
 from ..tuner_facts import DUMMY_MODEL_CONFIG
 
 EMBEDDING_LAYER_NAMES = list(_EMBEDDING_NAMES)
