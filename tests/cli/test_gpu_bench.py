@@ -1,5 +1,6 @@
 """The GPU benchmark where there is no GPU: it says so, and its report is right for what was measured."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -58,17 +59,49 @@ def test_the_script_refuses_what_it_does_not_know(tmp_path):
 
 def test_the_report_has_ratios_and_limits(tmp_path, monkeypatch):
     times = {"base": 1e-5, "addmm_": 1.2e-5, "ours triton": 1.1e-5}
-    found = {"eager": times, "graph": times, "absent": {"ours cuda": "not built"}}
+    better = times | {"base cublaslt": 8e-6}
+    found = {"eager": times, "graph": better, "absent": {"ours cuda": "not built"}}
     monkeypatch.setattr(gpu, "measure", lambda case, seconds: found)
     monkeypatch.setattr(gpu, "facts", lambda: {"gpus": [{"name": "H200"}], "commit": "abc"})
     gpu.run_part("decode", tmp_path, 0.1)
     text = gpu.report(tmp_path)
     assert "decode: H200, commit abc" in text
     assert "base      10.0 us  addmm_ 1.200  ours triton 1.100  limit 1.008" in text
+    assert "base cublaslt       8.0 us  addmm_ 1.500  ours triton 1.375  limit 1.008" in text
     assert "not timed: ours cuda: not built" in text
     assert "train: not run" in text
     results = json.loads((tmp_path / "decode.json").read_text())["results"]
     assert len(results) == len(gpu.PARTS["decode"])
+
+
+def test_the_library_of_the_base_is_chosen_for_the_call_alone(monkeypatch):
+    chosen = ["default"]
+
+    def preferred(library=None):
+        if library is not None:
+            chosen.append(library)
+        return chosen[-1]
+
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", preferred)
+    assert gpu._through("cublaslt", lambda: chosen[-1])() == "cublaslt"
+    assert chosen[-1] == "default"
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_the_base_has_the_better_of_two_libraries_where_choosing_is_not_timed(built, monkeypatch):
+    def through(library, run):
+        return run if built else lambda: 1 / 0
+
+    monkeypatch.setattr(gpu, "contenders", lambda case, device: contextlib.nullcontext({"base": int, "ours": int}))
+    monkeypatch.setattr(gpu, "runs_of", lambda case, made: (dict(made), {}))
+    monkeypatch.setattr(gpu.published, "contenders", lambda case: ({}, {}))
+    monkeypatch.setattr(gpu, "interleaved", lambda runs, calls, **options: dict.fromkeys(runs, 1.0))
+    monkeypatch.setattr(gpu, "_through", through)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for part, graph, eager in (("decode", built, False), ("train", False, built), ("merge", False, False)):
+        found = gpu.measure(gpu.PARTS[part][0], 0.1)
+        assert ("base cublaslt" in found["graph"], "base cublaslt" in found["eager"]) == (graph, eager)
+        assert ("base cublaslt" in found["absent"]) == (not built and part != "merge")
 
 
 def test_every_case_has_an_op_and_a_limit_where_the_base_is_the_product():

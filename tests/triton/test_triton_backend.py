@@ -137,6 +137,13 @@ def test_a_launch_is_made_on_the_device_of_the_tensors(monkeypatch):
     assert entered == [1, "left"]
 
 
+def test_two_launches_are_linked_only_where_the_gpu_can():
+    host = pytest.importorskip("lora_kernels.ops.triton_host")
+    for capability, linked in (((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True)):
+        with host.pretend(capability):
+            assert host.has_pdl(torch.empty(0)) is linked
+
+
 def test_every_op_has_the_function_on_the_cuda_key():
     for name in library.SCHEMAS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_kernels::{name}", "CUDA"), name
