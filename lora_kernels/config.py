@@ -48,10 +48,15 @@ _VARIANTS = {
     "use_qalora": "QALoRA", "velora_config": "VeLoRA",
 }  # fmt: skip
 _INIT_VARIANTS = {"corda": "CorDA", "eva": "EVA", "loftq": "LoftQ", "lora_ga": "LoRA-GA", "mica": "MiCA"}
-_ELSEWHERE = (
-    "not implemented in lora_kernels; `peft` creates such a model, and `lora_kernels.accelerate` runs what of it is "
-    "plain LoRA on our kernels"
-)
+_ELSEWHERE = "not implemented in lora_kernels; `peft` creates such a model"
+_FASTER = f"{_ELSEWHERE}, and `lora_kernels.accelerate` speeds it up"
+_FATE = {
+    **dict.fromkeys(
+        ("arrow_config", "megatron_config", "use_qalora"),
+        f"{_ELSEWHERE}, whose layers `lora_kernels.accelerate` leaves as they are",
+    ),
+    **dict.fromkeys(("alora_invocation_tokens", "monteclora_config", "velora_config"), f"{_FASTER} at inference"),
+}
 # Without effect unless a field above or ``init_lora_weights="loftq"`` is set: kept, with a warning.
 _INERT = ("loftq_config", "megatron_core", "qalora_group_size")
 
@@ -145,11 +150,12 @@ class LoraConfig:
         defaults = {f.name: f.default for f in fields(self)}
         for name in _VARIANTS:
             if getattr(self, name) != defaults[name] and getattr(self, name) not in ([], {}):
-                raise NotImplementedError(f"{name}={getattr(self, name)!r} ({_VARIANTS[name]}): {_ELSEWHERE}")
+                fate = _FATE.get(name, _FASTER)
+                raise NotImplementedError(f"{name}={getattr(self, name)!r} ({_VARIANTS[name]}): {fate}")
         init = self.init_lora_weights
         variant = _INIT_VARIANTS.get(init.lower()) if isinstance(init, str) else None
         if variant:
-            raise NotImplementedError(f"init_lora_weights={init!r} ({variant}): {_ELSEWHERE}")
+            raise NotImplementedError(f"init_lora_weights={init!r} ({variant}): {_FASTER}")
         check_init(init, None, DENSE_INITS, "LoRA layer")
         for name in ("use_dora", "lora_bias"):
             if not isinstance(getattr(self, name), bool):

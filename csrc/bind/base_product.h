@@ -62,6 +62,31 @@ inline AddJob panel_backward(const TensorArg& dx, const TensorArg& dy, const Ten
   return job;
 }
 
+// x (M, K) or h (M, R) times `scale`, turned, in a scratch of the calling thread.
+inline const float* turned_rows(int slot, const void* x, int64_t x_stride, DType dtype, int64_t M,
+                                int64_t K, float scale) {
+  const int64_t padded = (M + kTurnRows - 1) / kTurnRows * kTurnRows;
+  float* panels = static_cast<float*>(thread_scratch(slot, padded * K * 4));
+  run_pack({x, x_stride, dtype, M, K, scale, panels});
+  return panels;
+}
+
+// y (M, N) = x W^T + bias by the turned kernel, as a job without an update.
+inline TurnJob turned_forward(const TensorArg& y, const TensorArg& x, const TensorArg& w,
+                              const TensorArg& bias) {
+  TurnJob job = {};
+  job.M = x.size(0);
+  job.K = x.size(1);
+  job.y_dtype = job.w_dtype = job.b_dtype = dtype_of(x, "x");
+  job.panels = turned_rows(4, x.data(), x.stride(0), job.w_dtype, job.M, job.K, 1.0f);
+  job.w = w.data();
+  job.w_stride = w.stride(0);
+  job.bias = bias.defined() ? bias.data() : nullptr;
+  job.y = y.data();
+  job.y_stride = y.stride(0);
+  return job;
+}
+
 // y (M, N) = x W^T + bias. Returns true where `updates` (see run_base) went in as well.
 inline bool base_forward(const TensorArg& y, const TensorArg& x, const TensorArg& w,
                          const TensorArg& bias, const RowUpdate* updates, DType b_dtype,
@@ -73,6 +98,10 @@ inline bool base_forward(const TensorArg& y, const TensorArg& x, const TensorArg
   }
   if (path == Path::widened) {
     widened_linear(y, x, w, bias);
+    return false;
+  }
+  if (path == Path::turned) {
+    run_turn(turned_forward(y, x, w, bias), w.size(0));
     return false;
   }
   if (path == Path::panel) {

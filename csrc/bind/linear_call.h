@@ -148,6 +148,15 @@ inline void finish(const Shape& s, const TensorArg& y, const TensorArg& x, Tenso
     task.job.update = factors(h, h_stride, b.data(), b.stride(0), true, s.R);
     task.job.scale = scale;
     run_adds(&task, 1);
+  } else if (path == Path::turned && s.S == 1) {
+    record_path(path);
+    TurnJob job = turned_forward(y, x, w, bias);
+    job.h = turned_rows(5, h, h_stride, DType::f32, s.M, s.R, scale);
+    job.b = b.data();
+    job.b_stride = b.stride(0);
+    job.b_dtype = s.b_dtype;
+    job.R = s.R;
+    run_turn(job, s.N);
   } else if (!base_forward(y, x, w, bias, updates, s.b_dtype, s.starts.data(), s.S, path)) {
     expand(s, y, s.dtype, h, h_stride, b, scale);
   }

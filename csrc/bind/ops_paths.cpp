@@ -19,7 +19,7 @@ int torch_threads() {
 
 const bool injected = (set_parallel_for(torch_for, torch_threads), true);
 
-// "last=vendor stream=3 panel=0 vendor=5 widened=0 add=0"
+// "last=vendor stream=3 panel=0 vendor=5 widened=0 add=0 turned=0"
 void cpu_paths(StableIValue* stack, uint64_t, uint64_t) {
   std::string report = std::string("last=") + path_name(last_path());
   for (int i = 0; i < kNumPaths; i++) {

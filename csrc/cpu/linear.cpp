@@ -15,6 +15,8 @@ LK_DECLARE_FOR_ISAS(
     void base_kernel(const BaseJob& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1);
     void add_kernel(const AddJob& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1);
     void grad_kernel(const GradJob& job, int64_t k0, int64_t k1);
+    void pack_kernel(const PackJob& job, int64_t k0, int64_t k1);
+    void turn_kernel(const TurnJob& job, int64_t n0, int64_t n1);
     void transpose_kernel(void* out, int64_t out_stride, const void* b, int64_t b_stride,
                           DType dtype, int64_t R, int64_t n0, int64_t n1);)
 
@@ -26,6 +28,7 @@ constexpr int64_t kDotRows = 6,
                   kDotCols = 8;  // the dot kernel's rows, and a multiple of its columns
 constexpr int64_t kAddCols = 64, kAddRows = 6;  // one panel
 constexpr int64_t kGradCols = 48;               // one tile of every instruction set
+constexpr int64_t kTurnCols = 48;               // made together by the turned form
 constexpr int64_t kBaseCols = 24;               // a multiple of most tiles' columns
 
 int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -83,7 +86,7 @@ struct Scratch {
 }  // namespace
 
 void* thread_scratch(int slot, int64_t bytes) {
-  thread_local Scratch scratch[4];
+  thread_local Scratch scratch[6];
   Scratch& s = scratch[slot];
   if (s.size < bytes || s.data == nullptr) {
     std::free(s.data);
@@ -154,6 +157,22 @@ void run_base(const BaseJob& job, int64_t M, const int64_t* starts, int64_t slic
       if (slice.updates != nullptr) slice.updates += s * M;
       kernel(slice, m.begin, m.end, n0, n1);
     }
+  });
+}
+
+void run_pack(const PackJob& job) {
+  static const auto kernel = LK_SELECT_ISA(pack_kernel);
+  for_parts(job.M * lanes(job.K) * 4, [&](int64_t i, int64_t parts) {
+    const Range k = part(job.K, 16, i, parts);
+    if (k.begin < k.end) kernel(job, k.begin, k.end);
+  });
+}
+
+void run_turn(const TurnJob& job, int64_t N) {
+  static const auto kernel = LK_SELECT_ISA(turn_kernel);
+  for_parts(lanes(job.M) * N * (job.K + job.R), [&](int64_t i, int64_t parts) {
+    const Range n = part(N, kTurnCols, i, parts);
+    if (n.begin < n.end) kernel(job, n.begin, n.end);
   });
 }
 

@@ -29,6 +29,12 @@ struct AddTask {
 // Tasks must not share elements of y. One region; threads take ranges of columns.
 void run_adds(const AddTask* tasks, int64_t count);
 
+// x turned into panels.
+void run_pack(const PackJob& job);
+
+// The N columns of y, all from packed panels.
+void run_turn(const TurnJob& job, int64_t N);
+
 struct GradTask {
   GradJob job;
   int64_t K;

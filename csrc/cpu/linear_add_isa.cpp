@@ -63,7 +63,8 @@ struct FloatPanel {
         vf t[16];
         for (int i = 0; i < 16; i++) {
           const int n = v * kLanes + i;
-          t[i] = n < cols ? load_n(b + (n0 + n) * f.b_stride + r, ranks) : zero();
+          const TB* from = b + (n0 + n) * f.b_stride + r;
+          t[i] = n >= cols ? zero() : ranks == 16 ? load(from) : load_n(from, ranks);
         }
         transpose16(t);
         for (int i = 0; i < ranks; i++) store(panel + (r + i) * kPanel + v * kLanes, t[i]);
@@ -79,7 +80,7 @@ struct FloatPanel {
     const vf s = broadcast(scale);
     for (int64_t r = 0; r < R; r += kLanes) {
       const int left = clip(R - r, kLanes);
-      store(out + r, mul(s, load_n(h + r, left)));
+      store(out + r, mul(s, left == kLanes ? load(h + r) : load_n(h + r, left)));
     }
   }
 };

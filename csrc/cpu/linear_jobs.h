@@ -8,6 +8,8 @@
 //            one pass over w; the update joins the accumulators; one rounding
 //   AddJob   y[m, n]   += keep[m, n] * scale * sum_r h[m, r] b[r, n]  (b packed on the fly)
 //            (the expand; dx += dh A), with the base product in the same pass where it is ours
+//   TurnJob  y[m, n]    = sum_k x[m, k] w[n, k] + sum_r h[m, r] b[n, r] + bias[n]
+//            the base product for some rows of x, which a PackJob has turned
 //   GradJob  out[r, k]  = alpha * sum_m g[m, r] keep[m, k] x[m, k]    (dA; dB stored transposed)
 //
 // `rows`, where present, lists the rows of x, h, g, y and the mask that take part.
@@ -98,8 +100,36 @@ struct GradJob {
   int64_t mask_stride;
 };
 
-// 64-byte aligned memory of the calling thread, kept between calls; its four slots are separate.
-// Kernels use 0 and 1; callers of the run_ functions may use 2 and 3.
+constexpr int kTurnRows = 32;        // of x in a panel of the turned form
+constexpr int64_t kTurnBlock = 128;  // steps of k that it sums at a time
+
+struct PackJob {
+  const void* x;
+  int64_t x_stride;
+  DType x_dtype;
+  int64_t M, K;
+  float scale;
+  float* panels;  // [ceil(M / kTurnRows)][K][kTurnRows]
+};
+
+struct TurnJob {
+  const float* panels;  // x, packed
+  int64_t M, K;
+  const void* w;
+  int64_t w_stride;
+  DType w_dtype;
+  const float* h;  // scaled and packed as x is; R 0: none
+  const void* b;   // (N, R)
+  int64_t b_stride, R;
+  DType b_dtype;
+  const void* bias;  // in w's dtype, or null
+  void* y;
+  int64_t y_stride;
+  DType y_dtype;  // w's, or float32
+};
+
+// 64-byte aligned memory of the calling thread, kept between calls; its six slots are separate.
+// Kernels use 0 and 1; callers of the run_ functions may use the others.
 void* thread_scratch(int slot, int64_t bytes);
 
 static inline const char* element(const void* p, int64_t index, DType t) {

@@ -40,10 +40,17 @@ bool panel_wins(int64_t M, int64_t N, int64_t K, int64_t depth, DType dtype, Isa
   return isa == Isa::avx512bf16 && M >= 64 && M * N * K <= 40000000;
 }
 
+// Whether turning x beats the vendor's GEMM: by a fifth from 12 to 128 rows on AVX2, where twelve
+// of the sixteen registers hold sums. Its panels have 16 or 32 rows; few rows leave most of one
+// empty.
+bool turning_wins(int64_t M, DType dtype, Isa isa) {
+  return isa == Isa::avx2 && dtype == DType::f32 && M >= 12 && M <= 128;
+}
+
 }  // namespace
 
 const char* path_name(Path path) {
-  constexpr const char* kNames[] = {"stream", "panel", "vendor", "widened", "add"};
+  constexpr const char* kNames[] = {"stream", "panel", "vendor", "widened", "add", "turned"};
   return kNames[static_cast<int>(path)];
 }
 
@@ -52,6 +59,7 @@ Path choose_path(int64_t M, int64_t N, int64_t K, DType dtype, Isa isa, bool bac
   if (!by_columns && !invariant && widening_wins(M, N, K, dtype, isa)) return Path::widened;
   if (!backward && !by_columns) {
     if (invariant || M * N * K <= 1 << 15 || M <= stream_rows(dtype, isa)) return Path::stream;
+    if (turning_wins(M, dtype, isa)) return Path::turned;
   } else if (invariant) {
     return Path::panel;
   }

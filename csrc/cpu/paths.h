@@ -3,6 +3,8 @@
 //   stream   our own kernel: W is read once, the update joins in registers, one rounding
 //   panel    our own kernel over packed panels of W: dy W, a W stored by columns, and shapes where
 //            it beats the vendor; update, mask and bias in the same pass, one rounding
+//   turned   our own kernel over x turned, for some rows of x: W is read where it lies, the update
+//            joins in registers, one rounding
 //   vendor   torch's GEMM (MKL, oneDNN), then the update added in place
 //   widened  half-precision W and x in float32 blocks through torch's GEMM, the update as above
 //   add      no base product: lora_add_, shrink, expand
@@ -17,8 +19,8 @@
 
 namespace lora_kernels {
 
-enum class Path : int { stream = 0, panel = 1, vendor = 2, widened = 3, add = 4 };
-constexpr int kNumPaths = 5;
+enum class Path : int { stream = 0, panel = 1, vendor = 2, widened = 3, add = 4, turned = 5 };
+constexpr int kNumPaths = 6;
 const char* path_name(Path path);
 
 // y = x W^T with M rows of x, or dx = dy W (`backward`), N and K the rows and columns of W.

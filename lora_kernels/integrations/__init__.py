@@ -8,7 +8,7 @@ def accelerate(model, sample=None):
     or from transformers' ``add_adapter``. Names, parameters, hooks, state dict, pickling and every method of PEFT
     stay; :func:`restore` undoes it. Served are LoRA and DoRA on ``nn.Linear`` and LoRA on transformers' ``Conv1D``,
     embeddings and convolutions, merging and unmerging, and batches with one adapter a row (on ``nn.Linear``); a
-    layer in a state that we do not serve (Arrow, BD-LoRA, aLoRA with gradients, a bias on B, hooks inside, ...) runs
+    layer in a state that we do not serve (Arrow, QALoRA, aLoRA with gradients, hooks inside, ...) runs
     PEFT's own forward for that call. Layers that PEFT adds later are PEFT's until the next call of ``accelerate``.
 
     Results are PEFT's to within rounding; dropout masks differ. Second derivatives (``create_graph=True``) and

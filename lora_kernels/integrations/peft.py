@@ -16,7 +16,7 @@ from ..layers.linear import _unhooked
 from .measure import measure
 from .peft_layers import CLASSES, Linear, PeftLinear
 from .peft_merge import LoraModel
-from .peft_terms import DTYPES, activated, dora_magnitude, served_variant
+from .peft_terms import DTYPES, FACTORS, activated, dora_magnitude, served_variant
 from .report import Group, Report
 
 __all__ = ["Linear", "accelerate", "restore"]
@@ -127,12 +127,10 @@ def _why_not(layer, name):
         return f"variant {type(variant).__name__}"
     if not linear:
         return None
-    if layer.lora_B[name].bias is not None:
-        return "a bias on lora_B"
     parts = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     if not all(_unhooked(part) for part in parts):
         return "hooks on lora_A, lora_B or lora_dropout"
-    if type(parts[0]) is not nn.Linear or type(parts[1]) is not nn.Linear or type(parts[2]) not in _DROPOUTS:
+    if type(parts[0]) not in FACTORS or type(parts[1]) not in FACTORS or type(parts[2]) not in _DROPOUTS:
         return f"adapter made of {', '.join(type(part).__name__ for part in parts)}"
     if parts[0].weight.dtype not in (torch.float32, layer.base_layer.weight.dtype):
         return f"adapter in {parts[0].weight.dtype} over a base in {layer.base_layer.weight.dtype}"

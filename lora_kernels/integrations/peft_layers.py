@@ -27,6 +27,7 @@ from .peft_terms import (
     scales,
     term,
     usable,
+    with_biases,
 )
 
 PeftLinear, PeftEmbedding = peft_layers.Linear, peft_layers.Embedding
@@ -53,12 +54,13 @@ class Linear(Merging, Rows, PeftLinear):
             return PeftLinear.forward(self, x)
         if weight is None:
             return self._forward_over(base, x, names)
-        terms = [term(self, name, weight.dtype, x) for name in names]
+        terms = [term(self, name, weight.dtype, x, any_bias=True) for name in names]
         if None in terms:
             y = self._forward_dora(x, base, weight, names[0]) if len(names) == 1 else None
             return PeftLinear.forward(self, x) if y is None else y
         a, b, scaling, p = terms[0]
-        y = ops.lora_linear(x, weight, base._parameters["bias"], a, b, scaling, dropout_p=p)
+        bias = with_biases(self, names, base._parameters["bias"], weight.dtype)
+        y = ops.lora_linear(x, weight, bias, a, b, scaling, dropout_p=p)
         return _add(y, x, terms[1:])
 
     def _forward_dora(self, x, base, weight, name):
@@ -81,8 +83,11 @@ class Linear(Merging, Rows, PeftLinear):
             return PeftLinear.forward(self, x)
         if weight.__class__ is not nn.Parameter or x.__class__ not in PLAIN_TENSORS or not usable(x, weight.dtype):
             return PeftLinear.forward(self, x)
-        terms = [term(self, name, weight.dtype, x) for name in names]
-        return PeftLinear.forward(self, x) if None in terms else _add(base(x), x, terms)
+        terms = [term(self, name, weight.dtype, x, any_bias=True) for name in names]
+        if None in terms:
+            return PeftLinear.forward(self, x)
+        y, bias = _add(base(x), x, terms), with_biases(self, names, None, torch.float32)
+        return y if bias is None else (y + bias).to(y.dtype)
 
     def _forward_special(self, x, *args, **kwargs):
         """Arguments beside x, a merged layer, no casting of x: one adapter a row may be ours, the rest is PEFT's."""
@@ -109,7 +114,7 @@ class Linear(Merging, Rows, PeftLinear):
         for name in dict.fromkeys(adapter_names):
             slots[name] = -1
             if name != "__base__" and name in adapters:
-                found = term(self, name, weight.dtype, x)
+                found = term(self, name, weight.dtype, x, any_bias=True)
                 if found is None or found[3] or found[2].__class__ is not torch.Tensor:
                     return None
                 slots[name] = len(terms)
@@ -126,10 +131,22 @@ class Linear(Merging, Rows, PeftLinear):
             scalings = scales(tuple(values), x.device)
         bias = base._parameters["bias"]
         if torch.is_grad_enabled() or autocast_dtype(x.device.type) is not None:
-            return ops.multi_lora_linear(x, weight, bias, list(a), list(b), scalings, batch)
-        # The layer is what the checks of the public function ask for.
-        y = run(True, x.reshape(-1, x.shape[-1]), weight, bias, scalings, batch, None, (*a, *b))
-        return y.view(*x.shape[:-1], y.shape[-1])
+            y = ops.multi_lora_linear(x, weight, bias, list(a), list(b), scalings, batch)
+        else:  # the layer is what the checks of the public function ask for
+            y = run(True, x.reshape(-1, x.shape[-1]), weight, bias, scalings, batch, None, (*a, *b))
+            y = y.view(*x.shape[:-1], y.shape[-1])
+        return self._add_biases(y, adapter_names)
+
+    def _add_biases(self, y, adapter_names):
+        """What the biases on B add to each row, where an adapter of the batch has one."""
+        biases = {name: with_biases(self, [name], None, torch.float32)
+                  for name in dict.fromkeys(adapter_names) if name in self._modules["lora_B"]._modules}  # fmt: skip
+        if all(bias is None for bias in biases.values()):
+            return y
+        none = y.new_zeros(y.shape[-1], dtype=torch.float32)
+        rows = [biases.get(name) for name in adapter_names]
+        rows = torch.stack([none if row is None else row for row in rows])
+        return (y + rows.view(len(rows), *[1] * (y.dim() - 2), -1)).to(y.dtype)
 
     def _forward_activated(self, x, offsets):
         """aLoRA (Greenewald et al. 2025, arXiv:2504.12397) on the last ``offsets[i]`` rows of item ``i``, in one op.

@@ -27,11 +27,12 @@ def _variants(*names):
 
 
 # Variants whose forward is that of plain LoRA: always, unless the layer trains, with a diagonal in between.
-_PLAIN_VARIANTS = _variants("MiCALinearVariant")
+_PLAIN_VARIANTS = _variants("MiCALinearVariant", "BdLoraLinearVariant")
 _PLAIN_IN_EVAL = _variants("VeloraLinearVariant", "MontecloraLinearVariant")
 _KASA = _variants("KasaLinearVariant")
 _DORA = _variants("DoraLinearVariant")
 _ALORA = _variants("ALoraLinearVariant")
+FACTORS = frozenset({nn.Linear, *_variants("BlockDiagonalLinear")})  # the modules that A and B may be
 
 
 def plain_weight(base, x):
@@ -56,10 +57,11 @@ def activated(layer, name):
     return isinstance(layer.lora_variant.get(name), _ALORA)
 
 
-def term(layer, name, dtype, x, any_variant=False):
+def term(layer, name, dtype, x, any_variant=False, any_bias=False):
     """``(lora_a, lora_b, scaling, dropout_p)`` of an adapter over a base of ``dtype``; None: not plain LoRA.
 
-    ``any_variant``: those of a DoRA or aLoRA adapter, of which the caller does what is not plain.
+    ``any_variant``: those of a DoRA or aLoRA adapter, of which the caller does what is not plain. ``any_bias``: also
+    where B has a bias, which the caller adds (:func:`with_biases`).
     """
     modules = layer._modules
     a = modules["lora_A"]._modules[name]
@@ -68,8 +70,6 @@ def term(layer, name, dtype, x, any_variant=False):
     variant = layer.lora_variant.get(name) if layer.lora_variant else None
     if variant is not None and not (any_variant or served_variant(layer, name, variant, layer.training)):
         return None
-    if a.__class__ is not _Linear or b.__class__ is not _Linear:
-        return None
     p = 0.0
     if dropout.__class__ is _Dropout:
         p = dropout.p if dropout.training else 0.0
@@ -77,10 +77,11 @@ def term(layer, name, dtype, x, any_variant=False):
         return None
     if not (p < 1.0 and _unhooked(a) and _unhooked(b) and _unhooked(dropout)):
         return None
-    if a._parameters["bias"] is not None or b._parameters["bias"] is not None:
+    own = b._parameters.get("bias")
+    if a._parameters.get("bias") is not None or (own is not None and not any_bias):
         return None
-    a, b = a._parameters.get("weight"), b._parameters.get("weight")
-    if a.__class__ is not _Parameter or b.__class__ is not _Parameter or a.dtype is not b.dtype:
+    a, b = _factor(a), _factor(b)
+    if a is None or b is None or a.dtype is not b.dtype:
         return None
     if a.dtype is not torch.float32 and (a.dtype is not dtype or autocast_dtype(x.device.type) is not None):
         return None
@@ -90,6 +91,27 @@ def term(layer, name, dtype, x, any_variant=False):
     if isinstance(variant, _KASA):
         b = b * layer.lora_diag[name]
     return a, b, scaling, p
+
+
+def _factor(module):
+    """The matrix A or B of a module, one of blocks on a diagonal in full; None: not ours to know."""
+    weight = module._parameters.get("weight")
+    if weight.__class__ is not _Parameter or module.__class__ not in FACTORS:
+        return None
+    return weight if module.__class__ is _Linear else module.weight_as_blockdiagonal_matrix()
+
+
+def with_biases(layer, names, bias, dtype):
+    """``bias`` (None: zero) with ``scaling`` times those on the B of adapters, in ``dtype``; one rounding."""
+    factors, total = layer._modules["lora_B"]._modules, None
+    for name in names:
+        own = factors[name]._parameters.get("bias")
+        if own is not None:
+            part = own * layer.scaling[name]
+            total = part if total is None else total + part
+    if total is None:
+        return bias
+    return (total if bias is None else total + bias).to(dtype)
 
 
 def served_variant(layer, name, variant, training):

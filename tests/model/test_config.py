@@ -69,7 +69,7 @@ def test_unknown_fields_warn_and_survive(tmp_path):
         ({"target_modules": ["q"], "layers_to_transform": "1"}, TypeError, "layers_to_transform"),
         ({"use_dora": True, "lora_bias": True}, ValueError, "DoRA"),
         ({"lora_bias": True, "init_lora_weights": "pissa"}, ValueError, "lora_bias"),
-        ({"use_qalora": True}, NotImplementedError, "QALoRA.*accelerate"),
+        ({"use_qalora": True}, NotImplementedError, "QALoRA.*accelerate. leaves"),
         ({"trainable_token_indices": [1, -1]}, ValueError, "trainable_token_indices"),
         ({"trainable_token_indices": [True]}, ValueError, "trainable_token_indices"),
         ({"trainable_token_indices": []}, ValueError, "trainable_token_indices"),

@@ -345,6 +345,21 @@ LK_INLINE void store_n(T* p, vf a, int n) {
 
 #if defined(__AVX2__)
 
+// Floats by masked moves, which touch nothing past lane n either.
+LK_INLINE const __m256i* first_lanes(int n, int from) {
+  alignas(32) static constexpr int32_t kLanesOn[32] = {-1, -1, -1, -1, -1, -1, -1, -1,
+                                                       -1, -1, -1, -1, -1, -1, -1, -1};
+  return reinterpret_cast<const __m256i*>(kLanesOn + 16 - n + from);
+}
+LK_INLINE vf load_n(const float* p, int n) {
+  return {_mm256_maskload_ps(p, _mm256_loadu_si256(first_lanes(n, 0))),
+          _mm256_maskload_ps(p + 8, _mm256_loadu_si256(first_lanes(n, 8)))};
+}
+LK_INLINE void store_n(float* p, vf a, int n) {
+  _mm256_maskstore_ps(p, _mm256_loadu_si256(first_lanes(n, 0)), a.lo);
+  _mm256_maskstore_ps(p + 8, _mm256_loadu_si256(first_lanes(n, 8)), a.hi);
+}
+
 // Lane i of the result is the sum of a[i]'s lanes.
 LK_INLINE __m256 hsum8(const vf a[8]) {
   __m256 t[4];

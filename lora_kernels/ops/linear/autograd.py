@@ -15,6 +15,16 @@ def refuse_double_backward(name):
 
 
 class LoraLinear(torch.autograd.Function):
+    @classmethod
+    def apply(cls, *args):
+        """``Function.apply``, whose checks for functorch, in Python, cost as much as a tiny layer."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        unwrap = torch._C._functorch.unwrap_if_dead  # tensors that outlived a transform
+        x, weight, bias, lora_a, lora_b, *rest = args
+        bias = bias if bias is None else unwrap(bias)
+        return _apply(unwrap(x), unwrap(weight), bias, unwrap(lora_a), unwrap(lora_b), *rest)
+
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, out_splits):
         op = dispatch.select("lora_linear_train", x)
@@ -40,6 +50,9 @@ class LoraLinear(torch.autograd.Function):
         dbias = dy.sum(0) if need_bias else None
         grads = (dx if need_x else None, dw, dbias, da if need_a else None, db if need_b else None)
         return (*grads, None, None, None, None)
+
+
+_apply = super(torch.autograd.Function, LoraLinear).apply
 
 
 class LoraAdd(torch.autograd.Function):
