@@ -56,7 +56,50 @@ class HubModel:
         return fields
 
 
-_DEFAULT_TEXT = "\n# Model card\n\nA LoRA adapter. Load it with `PeftModel.from_pretrained`.\n"
+_DEFAULT_TEXT = """
+# Model card
+
+A LoRA adapter: low-rank updates to the weights of a base model, which is not part of this repository.
+
+## Use
+
+```python
+from peft import PeftModel  # or: from lora_kernels import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "name of this repository, or its folder")
+```
+
+`base_model` is the model that `base_model_name_or_path` in `adapter_config.json` names, loaded as usual. Call
+`merge_and_unload()` to put the updates into its weights and to get a plain model.
+
+## What it was trained for
+
+- Task and intended use: [more information needed]
+- Languages: [more information needed]
+- Uses that are out of scope: [more information needed]
+
+## Training
+
+- Data, and how it was prepared: [more information needed]
+- Hyperparameters (learning rate, batch size, epochs, precision): [more information needed]
+- Rank, scaling and target modules: see `adapter_config.json`
+- Hardware and duration: [more information needed]
+
+## Evaluation
+
+- Data and metrics: [more information needed]
+- Results, beside those of the base model: [more information needed]
+
+## Limits
+
+Biases and risks of the base model hold for the adapter too. Known ones of its own: [more information needed]
+
+## Who made it
+
+- Authors and contact: [more information needed]
+- License: [more information needed]
+- Citation: [more information needed]
+"""
 
 
 def _split(text):

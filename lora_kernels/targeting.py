@@ -160,7 +160,7 @@ def _resolve(model, config):
                 f"there is no default for model type {model_type!r}"
             )
         default = DEFAULT_TARGETS.get(model_type)
-        config.target_modules = set(default) if isinstance(default, tuple) else default
+        config.target_modules = default if default is None or isinstance(default, str) else set(default)
     name_fused(config, model, lambda: _all_linear(model, config), lambda name: is_target(config, name))
     with_all_linear(config, model)
     for name in ("rank_pattern", "alpha_pattern"):

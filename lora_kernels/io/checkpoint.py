@@ -18,8 +18,11 @@ PICKLE_NAME = "adapter_model.bin"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that can not be read, or does not fit the model; nothing was changed."""
+class CheckpointError(ValueError, RuntimeError):
+    """A checkpoint that can not be read, or does not fit the model; nothing was changed.
+
+    A RuntimeError too: what PEFT's users catch is that of ``load_state_dict``.
+    """
 
 
 def save_adapter(directory, config, tensors, pickled=False, **config_overrides):
@@ -86,7 +89,7 @@ def check_tensors(tensors, required, optional=()):
             continue
         whole = not tensor.is_floating_point() and ".lora_" not in key  # a counter of a module saved in full
         if tuple(tensor.shape) != tuple(shapes[key]):
-            problems.append(f"{key}: expected shape {tuple(shapes[key])}, got {tuple(tensor.shape)}")
+            problems.append(f"size mismatch for {key}: expected shape {tuple(shapes[key])}, got {tuple(tensor.shape)}")
         elif tensor.dtype not in _DTYPES and not whole:
             problems.append(f"{key}: expected float32, float16, bfloat16 or float64, got {tensor.dtype}")
         elif not whole and not _is_finite(tensor):

@@ -154,6 +154,10 @@ def _embedding_keys(model, adapter_name, wanted, warn=True):
         elif not wanted and _vocabulary_changed(model, config):
             warnings.warn("the vocabulary was resized: the base weights of the embeddings are saved too", stacklevel=3)
             wanted = True
+    if wanted and warn and not hasattr(model, "get_input_embeddings"):
+        warnings.warn(
+            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.", stacklevel=3
+        )
     if not wanted or not hasattr(model, "get_input_embeddings"):
         return {}
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]

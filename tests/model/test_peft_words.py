@@ -113,6 +113,32 @@ def test_the_models_own_mapping_of_older_keys(package, tmp_path):
     assert torch.equal(layer.lora_A["default"].weight, old.base_model.model[0].lora_A["default"].weight)
 
 
+@BOTH
+def test_tensors_of_another_size(package, tmp_path):
+    package.get_peft_model(net(), package.LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
+    other = nn.Sequential(nn.Linear(65, 48), *net()[1:])
+    with pytest.raises(RuntimeError, match=r"size mismatch for base_model\.model\.0\.lora_A") as error:
+        package.PeftModel.from_pretrained(other, tmp_path)
+    assert "64" in str(error.value)
+    assert "65" in str(error.value)
+
+
+@BOTH
+def test_embeddings_of_a_model_that_can_not_say_which_they_are(package, tmp_path):
+    model = package.get_peft_model(net(), package.LoraConfig(target_modules=["0"]))
+    with pytest.warns(UserWarning, match=r"Could not identify embedding layer\(s\) because the model is not a"):
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+
+
+@BOTH
+def test_the_model_card_says_more_than_a_name(package, tmp_path):
+    package.get_peft_model(net(), package.LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert len(card) > 1000
+    assert "library_name: peft" in card
+    assert "- lora" in card
+
+
 class Own(nn.Module):
     """Linear, and no nn.Linear."""
 
