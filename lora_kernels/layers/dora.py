@@ -34,7 +34,7 @@ def update_rows(layer, name, x, y):
     """``y`` with a DoRA adapter on top; its input is dropped out on both paths, as in PEFT."""
     bias = layer.base_layer.bias if layer.has_bias else None
     bias = None if bias is None else layer._column(bias, y)
-    factors = _factors(layer, name)
+    factors = row_factors(layer, name)
     scale = layer._buffers[scaling_buffer(name)]
     c = layer._column(factors, y)
     if layer.training and layer.has_dropout and not isinstance(layer.lora_dropout[name], nn.Identity):
@@ -83,7 +83,7 @@ def merge_is_finite(layer, scalings):
 
 def _all_factors(layer, scalings):
     """Of DoRA adapters that are about to be merged."""
-    return {name: _factors(layer, name, scale).detach() for name, scale in scalings.items() if layer.use_dora[name]}
+    return {name: row_factors(layer, name, scale).detach() for name, scale in scalings.items() if layer.use_dora[name]}
 
 
 def _merge_into(layer, weight, scalings, factors):
@@ -96,7 +96,7 @@ def _ones(b):
     return torch.ones(len(b), dtype=wide_dtype(b), device=b.device)
 
 
-def _factors(layer, name, scale=None):
+def row_factors(layer, name, scale=None):
     """``c`` (out_features); 1 for a row of length 0, which has no direction: PEFT divides by 0 there."""
     norm = _norm(layer, name, scale)
     none = norm == 0

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .. import bare, ops
+from . import dora
 from .base import LoraLayer, factor_keys
 from .mixed import Batch, by_group, run_lora
 from .scaling import scaling_buffer
@@ -137,11 +138,14 @@ class LoraLinear(LoraLayer):
         weight, bias, a, b, scaling, p = plain
         return _lora_linear(x, weight, bias, a, b, scaling, dropout_p=p)
 
-    def _plain(self):
-        """(weight, bias, A, B, scaling, probability of dropout) where one op computes the layer, None where not."""
+    def _plain(self, single=None):
+        """(weight, bias, A, B, scaling, probability of dropout) where one op computes the layer, None where not.
+
+        ``single``: the adapter and the name of its scaling; the one that is active alone and plain by default.
+        """
         # Everything is read where it lives, at each call: no copy can be stale after .to(), an assigned
         # parameter or a replaced module. Only the choice of adapter is kept (_reroute).
-        single, modules = self._single, self._modules
+        single, modules = single or self._single, self._modules
         base = modules["base_layer"]
         if single is None or base.__class__ is not _Linear or not _unhooked(base):
             return None
@@ -199,6 +203,11 @@ class LoraLinear(LoraLayer):
         """Any base layer, any number of adapters: the base product by its own module, then the updates."""
         if "adapter_names" in kwargs:
             return run_lora(self, Batch(kwargs.pop("adapter_names")), x, *args, **kwargs)
+        one = self._terms[0][0] if len(self._terms) == 1 and not (args or kwargs or self._merged) else None
+        if one is not None and self.use_dora[one]:
+            plain = self._plain((one, scaling_buffer(one)))
+            if plain is not None and (not self.training or isinstance(self.lora_dropout[one], nn.Identity)):
+                return self._forward_dora(x, one, *plain[:5])
         base = self.base_layer
         y = base(x, *args, **kwargs)
         if not self._terms:
@@ -209,6 +218,12 @@ class LoraLinear(LoraLayer):
         for name, sign in self._terms:
             y = self.update_rows(name, x, y) if sign > 0 else self._without(name, x, y)
         return y if y.dtype is dtype else y.to(dtype)
+
+    def _forward_dora(self, x, name, weight, bias, a, b, scaling):
+        """One DoRA adapter over a plain layer: base product and update in one op, then the rows' factors."""
+        z = _lora_linear(x, weight, None, a, b, scaling)
+        y = z * dora.row_factors(self, name)
+        return (y if bias is None else y + bias).to(z.dtype)
 
     def update_rows(self, name, x, y):
         dropout = self.lora_dropout[name]
