@@ -14,6 +14,7 @@ from .ops import cuda_choice, dispatch, library, triton_backend
 from .ops.linear.dropout import dropout_mask, unpack_mask
 from .testing import (
     eager_lora_linear,
+    eager_multi_lora_linear,
     error_ratio,
     exact_lora_linear,
     exact_merge,
@@ -213,21 +214,16 @@ def _eager_merge(weight, lora_a, lora_b, scaling, sign):
 
 
 def _eager_multi(case):
-    y = torch.empty(case.x.shape[0], case.weight.shape[0], dtype=case.x.dtype, device=case.x.device)
-    for row, slot in enumerate(case.token_slots.tolist()):
-        x = case.x[row : row + 1]
-        if slot < 0:
-            y[row] = F.linear(x, case.weight, case.bias)[0]
-            continue
-        rank, scaling = int(case.slot_ranks[slot]), case.slot_scalings[slot]
-        lora_a, lora_b = case.a_bank[slot, :rank], case.b_bank[slot, :, :rank]
-        y[row] = eager_lora_linear(x, case.weight, case.bias, lora_a, lora_b, scaling)[0]
-    return y
+    return eager_multi_lora_linear(*_terms(case))
 
 
 def _exact_multi(case):
-    rows = (case.token_slots, case.slot_ranks)
-    return exact_multi_lora_linear(case.x, case.weight, case.bias, case.a_bank, case.b_bank, case.slot_scalings, *rows)
+    return exact_multi_lora_linear(*_terms(case))
+
+
+def _terms(case):
+    banks = (case.a_bank, case.b_bank, case.slot_scalings)
+    return case.x, case.weight, case.bias, *banks, case.token_slots, case.slot_ranks
 
 
 CHECKS = {

@@ -15,6 +15,7 @@ from .inputs import (
 from .oracle import (
     eager_lora_embedding,
     eager_lora_linear,
+    eager_multi_lora_linear,
     embedding_results,
     exact_lora_linear,
     exact_merge,
@@ -31,6 +32,7 @@ __all__ = [
     "assert_within_budget",
     "eager_lora_embedding",
     "eager_lora_linear",
+    "eager_multi_lora_linear",
     "embedding_results",
     "error_ratio",
     "exact_lora_linear",

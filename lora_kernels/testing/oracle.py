@@ -44,6 +44,17 @@ def exact_multi_lora_linear(x, weight, bias, a_bank, b_bank, slot_scalings, toke
     return y
 
 
+def eager_multi_lora_linear(x, weight, bias, a_bank, b_bank, slot_scalings, token_slots, slot_ranks, out_splits=None):
+    """``multi_lora_linear`` as :func:`eager_lora_linear` rounds it, a row at a time."""
+    y = F.linear(x, weight, bias)
+    for row, slot in enumerate(token_slots.tolist()):
+        if slot >= 0:
+            rank = int(slot_ranks[slot])
+            adapter = (a_bank[slot, ..., :rank, :], b_bank[slot, :, :rank], slot_scalings[slot])
+            y[row] = eager_lora_linear(x[row : row + 1], weight, bias, *adapter, out_splits)[0]
+    return y
+
+
 def eager_lora_embedding(ids, weight, lora_a, lora_b, scaling, padding_idx=None):
     """``lora_embedding`` as PEFT's eager code rounds it; in float64 where the tensors are."""
     update = F.linear(F.embedding(ids, lora_a.t(), padding_idx), lora_b) * scaling

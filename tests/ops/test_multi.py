@@ -17,7 +17,7 @@ from lora_kernels.ops import (
     multi_lora_linear,
     plan_batch,
 )
-from lora_kernels.testing import assert_within_budget, exact_multi_lora_linear, make_multi
+from lora_kernels.testing import assert_within_budget, eager_multi_lora_linear, exact_multi_lora_linear, make_multi
 
 DTYPES = [
     pytest.param(torch.float32, torch.float32, id="f32"),
@@ -34,27 +34,17 @@ def run(case, slices=None, **kwargs):
     )
 
 
+def _terms(case):
+    banks = (case.a_bank, case.b_bank, case.slot_scalings)
+    return case.x, case.weight, case.bias, *banks, case.token_slots, case.slot_ranks
+
+
 def eager(case, out_splits=None):
-    """A row at a time through the float64 oracle's twin in the case's own dtype."""
-    y = F.linear(case.x, case.weight, case.bias)
-    for row, slot in enumerate(case.token_slots.tolist()):
-        if slot >= 0:
-            rank = int(case.slot_ranks[slot])
-            start = 0
-            for index, width in enumerate(out_splits or [y.shape[1]]):
-                a = case.a_bank[slot, :rank] if out_splits is None else case.a_bank[slot, index, :rank]
-                b = case.b_bank[slot, start : start + width, :rank]
-                update = (case.x[row].to(a.dtype) @ a.t()) @ b.t() * float(case.slot_scalings[slot])
-                y[row, start : start + width] += update.to(y.dtype)
-                start += width
-    return y
+    return eager_multi_lora_linear(*_terms(case), out_splits)
 
 
 def exact(case, out_splits=None):
-    return exact_multi_lora_linear(
-        case.x, case.weight, case.bias, case.a_bank, case.b_bank,
-        case.slot_scalings, case.token_slots, case.slot_ranks, out_splits,
-    )  # fmt: skip
+    return exact_multi_lora_linear(*_terms(case), out_splits)
 
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)

@@ -9,7 +9,13 @@ import torch.nn.functional as F
 import lora_kernels as lk
 from lora_kernels.ops import lora_expand_, lora_linear, lora_shrink, multi_lora_linear, plan_batch
 from lora_kernels.ops.multi import config
-from lora_kernels.testing import DTYPES, assert_within_budget, exact_multi_lora_linear, make_multi
+from lora_kernels.testing import (
+    DTYPES,
+    assert_within_budget,
+    eager_multi_lora_linear,
+    exact_multi_lora_linear,
+    make_multi,
+)
 
 triton_multi = pytest.importorskip("lora_kernels.ops.multi.triton")
 
@@ -39,24 +45,9 @@ def run(case, slot_ranks="own", **keywords):
     return multi_lora_linear(*_args(case), plan, **keywords)
 
 
-def eager(case, out_splits=None):
-    """A row at a time in the case's own dtype."""
-    y = F.linear(case.x, case.weight, case.bias)
-    for row, slot in enumerate(case.token_slots.tolist()):
-        if slot >= 0:
-            rank, start = int(case.slot_ranks[slot]), 0
-            for index, width in enumerate(out_splits or [y.shape[1]]):
-                a = case.a_bank[slot, :rank] if out_splits is None else case.a_bank[slot, index, :rank]
-                b = case.b_bank[slot, start : start + width, :rank]
-                update = (case.x[row].to(a.dtype) @ a.t()) @ b.t() * float(case.slot_scalings[slot])
-                y[row, start : start + width] += update.to(y.dtype)
-                start += width
-    return y
-
-
 def check(ours, case, out_splits=None):
-    exact = exact_multi_lora_linear(*_args(case), case.token_slots, case.slot_ranks, out_splits)
-    assert_within_budget(ours, eager(case, out_splits), exact)
+    terms = (*_args(case), case.token_slots, case.slot_ranks, out_splits)
+    assert_within_budget(ours, eager_multi_lora_linear(*terms), exact_multi_lora_linear(*terms))
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
