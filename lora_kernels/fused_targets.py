@@ -9,6 +9,8 @@ stays.
 import re
 import sys
 
+import torch
+
 # What the projections of a kind of model have become.
 _NAMES = {
     "mixtral": {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"},
@@ -87,3 +89,41 @@ def _named(model, names, matches):
 
 def _last(paths):
     return {path.rpartition(".")[2] for path in paths}
+
+
+_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.lora_([AB])\.weight")
+
+
+def stack_experts(model, tensors):
+    """Tensors of an adapter that was trained before its experts were fused, under the keys and in the form of now.
+
+    Of each projection of each expert ``A (r, in)`` and ``B (out, r)``; of a stack of E experts ``A (E · r, in)`` and
+    ``B (out, r · E)``, where projections that have become one have their ranks one below the other, and B in blocks.
+    Whatever is not of an expert stays, as does all of it where experts lack a tensor: loading then names it.
+    """
+    names, parts, kept = _fused_names(model), {}, {}
+    for key, tensor in tensors.items():
+        match = _EXPERT.fullmatch(key) if names else None
+        if match and match[3] in names:
+            parts.setdefault(_now(match[1]), {})[match[3], match[4], int(match[2])] = tensor
+        else:
+            kept[_now(key) if names else key] = tensor
+    for path, found in parts.items():
+        experts = range(1 + max(expert for _, _, expert in found))
+        present = {names[old] for old, _, _ in found}
+        for new in present:
+            olds = [old for old, name in names.items() if name == new]
+            # Of two stacks the one that is registered first, gate_up_proj, is innermost.
+            at = f"{path}.experts{'.base_layer' if new == 'gate_up_proj' and len(present) > 1 else ''}"
+            try:
+                a = torch.stack([torch.cat([found[old, "A", e] for old in olds]) for e in experts])
+                b = torch.stack([torch.block_diag(*[found[old, "B", e] for old in olds]) for e in experts])
+            except KeyError:
+                return tensors
+            kept[f"{at}.lora_A.weight"] = a.flatten(0, 1)
+            kept[f"{at}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).contiguous()
+    return kept
+
+
+def _now(path):
+    return re.sub(r"\.block_sparse_moe(?=\.|$)", ".mlp", path)

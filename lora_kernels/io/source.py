@@ -9,6 +9,7 @@ import os
 import re
 
 from ..config import CONFIG_NAME, LoraConfig
+from ..fused_targets import stack_experts
 from .checkpoint import PICKLE_NAME, WEIGHTS_NAME, CheckpointError, load_file_of_tensors, load_tensors
 from .layouts import is_foreign, to_peft
 
@@ -54,7 +55,7 @@ def read_adapter(model, model_id, config=None, *, device="cpu", key_mapping=None
     if config is None:
         raise ValueError(f"Can't find '{CONFIG_NAME}' at '{folder or os.path.dirname(model_id)}'")
     mapping = getattr(model, "_checkpoint_conversion_mapping", None) if key_mapping is None else key_mapping
-    return copy.deepcopy(config), _renamed(tensors, mapping)
+    return copy.deepcopy(config), stack_experts(model, _renamed(tensors, mapping))
 
 
 def _has_config(folder):

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lora_kernels as lk
 
@@ -104,3 +105,59 @@ def test_the_callers_patterns_are_not_written_to():
         lk.get_peft_model(base("mixtral"), config)
     assert patterns == {"q_proj": 3}
     assert config.rank_pattern[rf".*\.{re.escape('gate_up_proj')}"] == 16
+
+
+def written_before(kind, folder, projections, r=2):
+    """An adapter of the model as transformers 4 had it: each projection of each expert on its own."""
+    block = "block_sparse_moe" if kind == "mixtral" else "mlp"
+    width, generator = 32 if kind == "mixtral" else 16, torch.Generator().manual_seed(3)
+    tensors = {}
+
+    def add(path, inner, outer):
+        for key, shape in ((f"{path}.lora_A.weight", (r, inner)), (f"{path}.lora_B.weight", (outer, r))):
+            tensors[f"base_model.model.model.layers.{key}"] = torch.randn(shape, generator=generator) * 0.3
+
+    for layer in range(2):
+        for name in projections:
+            if name == "gate":
+                add(f"{layer}.{block}.gate", 16, 4)
+            elif name == "q_proj":
+                add(f"{layer}.self_attn.q_proj", 16, base(kind).model.layers[0].self_attn.q_proj.out_features)
+            else:
+                down = name in ("w2", "down_proj")
+                for expert in range(4):
+                    sizes = (width, 16) if down else (16, width)
+                    add(f"{layer}.{block}.experts.{expert}.{name}", *sizes)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": 3, "target_modules": list(projections)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "projections"),
+    [
+        ("mixtral", ("w1", "w2", "w3", "gate", "q_proj")),
+        ("qwen", ("gate_proj", "up_proj", "down_proj", "gate", "q_proj")),
+        ("qwen", ("down_proj", "q_proj")),
+    ],
+)
+def test_adapters_written_before_experts_were_fused_are_loaded_as_in_peft(kind, projections, tmp_path):
+    written_before(kind, tmp_path, projections)
+    theirs, ours = (package.PeftModel.from_pretrained(base(kind), str(tmp_path)).eval() for package in (peft, lk))
+    state = ours.state_dict()
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(state[key], value), key
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits)
+        assert not torch.allclose(ours(IDS).logits, base(kind)(IDS).logits, atol=1e-3)
+    assert not lk.get_peft_model(base(kind), lk.LoraConfig(target_modules=["q_proj"])).load_adapter(tmp_path, "b")[1]
+
+
+def test_an_expert_without_its_tensors_is_named(tmp_path):
+    written_before("mixtral", tmp_path, ("w1", "w2", "w3"))
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors["base_model.model.model.layers.1.block_sparse_moe.experts.2.w3.lora_B.weight"]
+    save_file(tensors, path)
+    with pytest.raises(lk.io.checkpoint.CheckpointError, match=r"missing .*layers\.\d\.mlp\.experts"):
+        lk.PeftModel.from_pretrained(base("mixtral"), tmp_path)
