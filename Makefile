@@ -40,7 +40,7 @@ endif
 
 NATIVE_FILES := setup.py CMakeLists.txt $(shell find csrc cmake build_support -type f -not -name '*.pyc')
 
-.PHONY: help build test demo bench static static-oldest lint format abi wheel clean native-in-place
+.PHONY: help build test demo bench static static-oldest lint format abi avx512 wheel clean native-in-place
 
 help:  ## list the targets
 	@sed -n '3,5s/^# *//p' Makefile; echo
@@ -90,6 +90,13 @@ abi: $(READY)  ## run the ops compiled here under the oldest torch that is suppo
 	test -x .venv-abi/bin/python || $(PYTHON) -m venv .venv-abi
 	.venv-abi/bin/python -m pip install -q "$(OLDEST_TORCH)" numpy safetensors pytest pytest-timeout hypothesis
 	PYTHONPATH=$(CURDIR) .venv-abi/bin/python -m pytest tests/build/test_native.py tests/ops $(PYTEST_ARGS)
+
+avx512: $(READY)  ## test the AVX-512 kernels on a CPU with AVX2, the instructions emulated
+	$(call say,Compiling the AVX-512 kernels against csrc/emulate/avx512.h)
+	$(PY) -m build_support.emulated_avx512
+	for isa in avx512 avx512bf16; do cd $(CURDIR)/build/avx512 && LORA_KERNELS_CPU_ISA=$$isa OMP_NUM_THREADS=2 \
+	  $(if $(LK_PYTHON),$(PY),$(abspath $(PY))) -m pytest $(addprefix $(CURDIR)/tests/,exact ops/test_native_linear.py ops/test_native_merge.py \
+	  ops/test_native_dropout.py ops/test_multi.py) -m "not slow" $(PYTEST_ARGS); done
 
 clean:  ## remove everything made here: environments, builds, caches
 	rm -rf .venv* build dist *.egg-info demo_out .pytest_cache .ruff_cache .hypothesis .benchmarks

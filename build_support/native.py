@@ -14,6 +14,7 @@ from pathlib import Path
 from build_support import toolchain
 
 OBJECTS = ("_C", "_ops_cpu", "_ops_cuda")
+EMULATE_AVX512 = "LORA_KERNELS_EMULATE_AVX512"  # 1: the AVX-512 levels run on AVX2, for tests
 MODES = ("auto", "cpu", "cuda", "none")
 
 
@@ -48,7 +49,7 @@ def build(root: Path) -> Result:
     found = _settings(result, mode)
     if found is None:
         return _required(result, mode)
-    folder = root / "build" / _key(result.torch)
+    folder = root / "build" / (_key(result.torch) + ("-emulated-avx512" if found["LK_EMULATE_AVX512"] else ""))
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one checkout take turns
@@ -139,6 +140,7 @@ def _settings(result: Result, mode: str) -> dict[str, str] | None:
         "LK_TORCH_VERSION": torch.version if torch else "",
         "LK_PYTHON_INCLUDE": str(python) if with_module else "",
         "LK_PYBIND11_INCLUDE": str(pybind11) if with_module else "",
+        "LK_EMULATE_AVX512": os.environ.get(EMULATE_AVX512, ""),
         "LK_EXT_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
     }
 

@@ -24,7 +24,10 @@ if "TRITON_INTERPRET" not in os.environ and importlib.util.find_spec("triton") a
     _define_triton_kernels_for_the_interpreter()
 
 import lora_kernels as lk  # noqa: E402
+from lora_kernels import _native  # noqa: E402
 from lora_kernels.ops import dispatch  # noqa: E402
+
+ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +43,14 @@ def backend(request):
         pytest.skip(f"backend {request.param}: {reason}")
     with lk.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=ISAS)
+def isa_environment(request):
+    """Once a level of the CPU kernels, skipping those this CPU lacks: the environment of a process that runs it."""
+    if not _native.cpu_available or _native.module is None:
+        pytest.skip(_native.cpu_reason if not _native.cpu_available else _native.module_reason)
+    best = _native.module.host_isa()
+    if ISAS.index(request.param) > ISAS.index(best):
+        pytest.skip(f"this CPU runs kernels up to {best}; `make avx512` emulates the others")
+    return {**os.environ, "LORA_KERNELS_CPU_ISA": request.param}

@@ -221,15 +221,13 @@ def test_refuses(change, message):
         OPS.merge_(*arguments.values())
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_other_instruction_sets(isa):
-    """Numerical tests of the merge family and of dropout once more, on a lower instruction set, in another process."""
+def test_every_instruction_set(isa_environment):
+    """Numerical tests of the merge family and of dropout once more, on each instruction set, in another process."""
     if os.environ.get("LORA_KERNELS_CPU_ISA"):
         pytest.skip("already inside such a process")
     chosen = "test_delta_alone or test_switch or test_zero_update or test_bits or (test_is_finite and rows)"
     chosen += " or (test_merge and rows) or (test_views and sliced)"
     files = [__file__, str(Path(__file__).with_name("test_native_dropout.py"))]
     run = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen]
-    env = {**os.environ, "LORA_KERNELS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(run, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(run, env={**isa_environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
