@@ -14,9 +14,29 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
 def table(folder):
-    """Markdown of all result files, newest run last; a line that says so where there is none."""
-    parts = [_table(path) for path in sorted(folder.glob("*.json"))]
-    return "\n\n".join(parts) or "No results are committed yet: `python -m lora_kernels bench --json FILE`."
+    """Markdown: how much faster than PEFT, then all result files; a line that says so where there is none."""
+    paths = sorted(folder.glob("*.json"))
+    parts = [_against_peft(paths), *map(_table, paths)]
+    return "\n\n".join(filter(None, parts)) or "No results are committed yet: `python -m lora_kernels bench --json FILE`."
+
+
+def _against_peft(paths):
+    """Every comparison with PEFT in one table; None where there is none."""
+    rows = [
+        f"| {target['case']}{_detail(target['what'])} | {target['measured']:.1f} × | `{path.stem}` |"
+        for path in paths
+        for target in json.loads(path.read_text())["targets"]
+        if target["what"].startswith("PEFT") and target["measured"] is not None
+    ]
+    if not rows:
+        return None
+    return "\n".join(["| against PEFT, same run | PEFT's time / ours | file |", "|---|---|---|", *rows])
+
+
+def _detail(what):
+    """", exact merge" of "PEFT's merge / exact merge"; nothing of "PEFT / ours"."""
+    ours = what.partition(" / ")[2]
+    return "" if ours == "ours" else f", {ours}"
 
 
 def _table(path):
