@@ -16,8 +16,8 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 def table(folder):
     """Markdown: how much faster than PEFT, then all result files; a line that says so where there is none."""
     paths = sorted(folder.glob("*.json"))
-    parts = [_against_peft(paths), *map(_table, paths)]
-    return "\n\n".join(filter(None, parts)) or "No results are committed yet: `python -m lora_kernels bench --json FILE`."
+    parts = filter(None, [_against_peft(paths), *map(_table, paths)])
+    return "\n\n".join(parts) or "No results are committed yet: `python -m lora_kernels bench --json FILE`."
 
 
 def _against_peft(paths):
@@ -34,7 +34,7 @@ def _against_peft(paths):
 
 
 def _detail(what):
-    """", exact merge" of "PEFT's merge / exact merge"; nothing of "PEFT / ours"."""
+    """ ", exact merge" of "PEFT's merge / exact merge"; nothing of "PEFT / ours"."""
     ours = what.partition(" / ")[2]
     return "" if ours == "ours" else f", {ours}"
 

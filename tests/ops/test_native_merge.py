@@ -229,5 +229,6 @@ def test_every_instruction_set(isa_environment):
     chosen += " or (test_merge and rows) or (test_views and sliced)"
     files = [__file__, str(Path(__file__).with_name("test_native_dropout.py"))]
     run = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen]
-    done = subprocess.run(run, env={**isa_environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    env = {**isa_environment, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(run, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
