@@ -120,3 +120,23 @@ def test_hot_swapping_a_grouped_convolution_equals_peft(tmp_path):
         torch.testing.assert_close(model(x), small(x))
         outputs.append(model(x))
     torch.testing.assert_close(*outputs)
+
+
+def test_inputs_are_not_cast_to_the_dtype_of_the_factors():
+    """Half-precision factors that hooks widen for their forward, as offloading does."""
+    x, outputs = torch.randn(3, 6), {}
+    for package, cast_free in ((peft, True), (peft, False), (lk, False)):
+        torch.manual_seed(0)
+        model = package.get_peft_model(nn.Sequential(nn.Linear(6, 4)), package.LoraConfig(target_modules=["0"], r=2))
+        layer = model.base_model.model[0]
+        for factor, value in ((layer.lora_A["default"], 0.25), (layer.lora_B["default"], 0.5)):
+            nn.init.constant_(factor.weight, value)
+            factor.half()
+            factor.register_forward_pre_hook(lambda module, inputs: module.float() and None)
+        if package is peft and not cast_free:
+            with pytest.raises(RuntimeError, match="dtype"):
+                model(x)
+            continue
+        with package.helpers.disable_input_dtype_casting(model, active=cast_free):
+            outputs[package.__name__] = model(x).detach()
+    torch.testing.assert_close(outputs["lora_kernels"], outputs["peft"])
