@@ -13,7 +13,7 @@
 #include <type_traits>
 
 #include "linear_jobs.h"
-#include "lora_kernels/simd.h"
+#include "lora_kernels/simd_pairs.h"
 
 #if defined(__clang__)
 #define LK_UNROLL _Pragma("unroll")

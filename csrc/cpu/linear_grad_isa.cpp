@@ -6,7 +6,7 @@
 // the buffer holds pairs of rows (m, m + 1) for the dot instruction and g is rounded once to bf16.
 // A sum runs over m in order in one thread, so the result does not depend on the thread count.
 #include "linear_jobs.h"
-#include "lora_kernels/simd.h"
+#include "lora_kernels/simd_pairs.h"
 
 #if defined(__clang__)
 #define LK_UNROLL _Pragma("unroll")

@@ -15,6 +15,8 @@
 #include <cstring>
 #include <vector>
 
+#include "lora_kernels/simd_pairs.h"
+
 namespace lora_kernels {
 namespace LK_ISA {
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lora_kernels/scalar.h"
 #include "simt.h"
 
 #define __global__
@@ -25,16 +26,8 @@ struct alignas(16) uint4 {
 };
 using dim3 = lora_kernels_emulate::Dim3;
 
-inline unsigned __float_as_uint(float x) {
-  unsigned bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-inline float __uint_as_float(unsigned bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
+inline unsigned __float_as_uint(float x) { return lora_kernels::float_bits(x); }
+inline float __uint_as_float(unsigned bits) { return lora_kernels::bits_float(bits); }
 inline void __stwb(uint4* p, uint4 v) { *p = v; }
 // The compiler is told to contract nothing.
 inline float __fmul_rn(float a, float b) { return a * b; }

@@ -2,9 +2,7 @@
 // (9.7.15.5: warp-level matrix fragments), not from the kernels' own index maps.
 #pragma once
 
-#define LK_ISA emulated
-#include "lora_kernels/simd.h"
-#undef LK_ISA
+#include "lora_kernels/scalar.h"
 
 #define LK_LAUNCH(kernel, grid, threads, shared, stream, ...)                    \
   lora_kernels_emulate::launch(lora_kernels_emulate::dim(grid), threads, shared, \
@@ -18,8 +16,8 @@ inline Dim3 dim(unsigned x) { return {x, 1, 1}; }
 namespace lora_kernels {
 namespace device {
 
-using emulated::from_float;
-using emulated::to_float;
+using lora_kernels::from_float;
+using lora_kernels::to_float;
 using lora_kernels_emulate::async_commit;
 using lora_kernels_emulate::async_copy_16;
 using lora_kernels_emulate::dynamic_shared;

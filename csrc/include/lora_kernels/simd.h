@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "lora_kernels/cpu.h"
+#include "lora_kernels/scalar.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #if defined(__GNUC__) && !defined(__clang__)
@@ -28,66 +28,10 @@
 #endif
 #endif
 
-#define LK_INLINE inline __attribute__((always_inline))
-
 namespace lora_kernels {
 namespace LK_ISA {
 
 constexpr int kLanes = 16;
-
-// ---- scalars: bit-exact conversions, used by tails and by the portable path ----
-
-LK_INLINE uint32_t float_bits(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  return u;
-}
-LK_INLINE float bits_float(uint32_t u) {
-  float x;
-  std::memcpy(&x, &u, 4);
-  return x;
-}
-
-LK_INLINE float to_float(float x) { return x; }
-LK_INLINE float to_float(bf16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
-LK_INLINE float to_float(f16 x) {
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  const uint32_t body = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
-  // Exponent 31 is Inf or NaN; a subnormal half is an ordinary float after the scaling.
-  if (body >= 0x0f800000u) return bits_float(sign | 0x7f800000u | body);
-  return bits_float(sign | float_bits(bits_float(body) * 0x1p112f));
-}
-
-template <class T>
-T from_float(float x);
-template <>
-LK_INLINE float from_float<float>(float x) {
-  return x;
-}
-template <>
-LK_INLINE bf16 from_float<bf16>(float x) {
-  const uint32_t u = float_bits(x);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((u >> 16) | 0x40u)};
-  return {static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
-}
-template <>
-LK_INLINE f16 from_float<f16>(float x) {
-  const uint32_t u = float_bits(x);
-  const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000u);
-  const uint32_t mag = u & 0x7fffffffu;
-  uint32_t h;
-  if (mag > 0x7f800000u) {
-    h = 0x7e00u | ((mag >> 13) & 0x3ffu);
-  } else if (mag >= 0x477ff000u) {
-    h = 0x7c00u;
-  } else if (mag < 0x38800000u) {
-    // Adding 0.5 aligns the mantissa so that the adder itself rounds to a multiple of 2^-24.
-    h = float_bits(bits_float(mag) + 0.5f) - 0x3f000000u;
-  } else {
-    h = (mag - 0x38000000u + 0xfffu + ((mag >> 13) & 1u)) >> 13;
-  }
-  return {static_cast<uint16_t>(sign | h)};
-}
 
 #if defined(__AVX512F__)
 
@@ -427,46 +371,6 @@ LK_INLINE void transpose16(vf t[16]) {
 }
 
 #endif
-
-#endif
-
-// ---- bf16 pairs: 32 bf16 lanes as 16 pairs, dotted into 16 float lanes ----
-
-#if defined(__AVX512BF16__)
-#define LK_HAS_BF16_DOT 1
-
-struct vb {
-  __m512i v;
-};
-
-LK_INLINE vb load_pairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
-LK_INLINE vb load_pairs_n(const bf16* p, int n) {  // the first n of 32
-  const __mmask32 m = n >= 32 ? ~__mmask32{0} : static_cast<__mmask32>((1u << n) - 1u);
-  return {_mm512_maskz_loadu_epi16(m, p)};
-}
-LK_INLINE void store_pairs(bf16* p, vb a) { _mm512_storeu_si512(p, a.v); }
-LK_INLINE vb keep(vb a, uint32_t bits) { return {_mm512_maskz_mov_epi16(bits, a.v)}; }
-LK_INLINE vb broadcast_pair(uint32_t pair) { return {_mm512_set1_epi32(static_cast<int>(pair))}; }
-// acc[i] += a[2i] * b[2i] + a[2i + 1] * b[2i + 1]; subnormal operands count as zero.
-LK_INLINE vf dot(vb a, vb b, vf acc) {
-  return {
-      _mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
-}
-// lo's 16 floats, then hi's, each rounded to bf16 in one instruction (subnormals become zero).
-LK_INLINE vb narrow_pairs(vf lo, vf hi) {
-  return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi.v, lo.v))};
-}
-// Pairs (a[i], b[i]) of two rows of 32: the first 16 pairs, then the last 16.
-LK_INLINE void interleave(vb a, vb b, vb* first, vb* last) {
-  const __m512i lo = _mm512_unpacklo_epi16(a.v, b.v);
-  const __m512i hi = _mm512_unpackhi_epi16(a.v, b.v);
-  const __m512i head = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-  const __m512i tail = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-  first->v = _mm512_permutex2var_epi64(lo, head, hi);
-  last->v = _mm512_permutex2var_epi64(lo, tail, hi);
-}
-LK_INLINE vf as_floats(vb a) { return {_mm512_castsi512_ps(a.v)}; }
-LK_INLINE vb as_pairs(vf a) { return {_mm512_castps_si512(a.v)}; }
 
 #endif
 
