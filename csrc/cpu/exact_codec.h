@@ -1,29 +1,24 @@
-// One block of an exact merge: weights to merged weights and residual bits, and back.
+// One block of an exact merge: weights to merged weights and residual bits, and back, in place.
 //
 // Most merged values have one preimage only, which a few operations prove. The others are put side
 // by side in a queue, so that the dearer work is done on full vectors:
 //   1. over the block: merge (or guess w = round(m - acc)), hash m, queue what is not surely unique
-//   2. over the queue: the interval [lo, hi] of keys with this merged value. A guess from the
-//      inverse in float arithmetic is nearly always right or next to it, two probes prove it;
-//      where they do not, the whole vector is bisected over all keys. key - lo is written or read
-//      in bit_width(hi - lo) bits.
+//   2. over the queue: the interval of keys with this merged value (exact_interval.h); key - lo is
+//      written or read in bit_width(hi - lo) bits.
 // A block whose bits would take as many bytes as its weights is stored as the weights themselves.
 #pragma once
 
 #include "exact.h"
-#include "exact_vec.h"
+#include "exact_bits.h"
+#include "exact_interval.h"
 
 namespace lora_kernels {
 namespace LK_ISA {
 
-#define LK_INLINED __attribute__((always_inline))  // for a lambda
-
 struct Queue {
-  int32_t at[kExactMaxBlock + kN];    // position in the block, when decoding
-  int32_t bits[kExactMaxBlock + kN];  // of the weight (encoding) or of the merged value (decoding)
-  int32_t acc[kExactMaxBlock + kN];   // of the update
-  uint8_t bytes[4 * kExactMaxBlock + 8];  // what is read, and beyond
-  int64_t size;
+  static constexpr int kRoom = kExactMaxBlock + 17;
+  uint16_t at[kRoom];        // positions in the block
+  uint8_t bytes[4 * kRoom];  // what is read, and beyond
 };
 
 // ---- the hash of a block: 16 lanes over its merged bits, then its residual bytes ----
@@ -62,204 +57,45 @@ inline uint32_t hash_end(const Hash& h, int64_t n, const uint8_t* data, uint32_t
   return sum;
 }
 
-// ---- the interval of keys that merge to m ----
-
-template <class T>
-LK_INLINE iv clamp_finite(iv k) {
-  k = pick(k < Num<T>::kInf, k, isplat(Num<T>::kInf - 1));
-  return pick(k > -Num<T>::kInf - 1, k, isplat(-Num<T>::kInf));
-}
-
-// About where w + acc leaves the values that round to m (key km): below or above.
-template <class T>
-struct Inverse {
-  fv m, acc;
-  iv km;
-  LK_INLINE Inverse(iv k, fv a) : m(value<T>(k)), acc(a), km(k) {}
-  LK_INLINE fv edge(int side) const {
-    return (m * splat(0.5f) + value<T>(km + side) * splat(0.5f)) - acc;
-  }
-};
-// A float32 has no midpoints: m - acc with its rounding error, then half a step.
-template <>
-struct Inverse<float> {
-  fv m, d, e;
-  iv km;
-  LK_INLINE Inverse(iv k, fv a) : m(value<float>(k)), d(m - a), km(k) {
-    const fv b = d - m;
-    e = (m - (d - b)) - (a + b);
-  }
-  LK_INLINE fv edge(int side) const {
-    return d + (e + (value<float>(km + side) - m) * splat(0.5f));
-  }
-};
-
-// The smallest key whose merged key is at least km (kLower), or the largest whose is at most km.
-template <class T, bool kLower>
-LK_INLINE iv bisect(iv km, fv acc) {
-  iv in = isplat(kLower ? Num<T>::kInf : -Num<T>::kInf - 1);
-  iv out = isplat(kLower ? -Num<T>::kInf - 1 : Num<T>::kInf);
-  for (int step = 0; step < Num<T>::kKeyBits + 1; ++step) {
-    const iv below = kLower ? out : in, above = kLower ? in : out;
-    const iv mid = (iv)((uv)below + (((uv)above - (uv)below) >> 1));
-    // The last steps repeat the lower end, which stays where it is.
-    const iv f = merged<T>(mid, acc);
-    const iv inside = kLower ? f >= km : f <= km;
-    in = pick(inside, mid, in);
-    out = pick(inside, out, mid);
-  }
-  return in;
-}
-
-template <class T>
-LK_INLINE void interval(iv km, fv acc, iv* lo, iv* hi) {
-  const Inverse<T> inverse(km, acc);
-  iv c = clamp_finite<T>(round_key<T>(inverse.edge(-1)));
-  iv in = merged<T>(c, acc) >= km;
-  iv p = pick(in, c - 1, c + 1);
-  iv sure = in ^ (merged<T>(p, acc) >= km);
-  *lo = pick(in, c, p);
-
-  c = clamp_finite<T>(round_key<T>(inverse.edge(1)));
-  in = merged<T>(c, acc) <= km;
-  p = pick(in, c + 1, c - 1);
-  sure &= in ^ (merged<T>(p, acc) <= km);
-  *hi = pick(in, c, p);
-  if (__builtin_expect(lanes(sure) != kAllLanes, 0)) {
-    *lo = bisect<T, true>(km, acc);
-    *hi = bisect<T, false>(km, acc);
-  }
-}
-
-// Appends the lanes of `some` at `size`; returns the size then.
-template <bool kEncode>
-LK_INLINE int64_t push(Queue& q, int64_t size, uint32_t some, int64_t from, uv bits, fv acc) {
-  const Compress compress(some);
-  if (!kEncode) write(q.at + size, compress.numbers() + static_cast<int32_t>(from));
-  write(q.bits + size, compress((iv)bits));
-  write(q.acc + size, compress((iv)acc));
-  return size + __builtin_popcount(some);
-}
-
-// visit(position in the queue, its lanes, their keys and updates) for each vector of the queue; the
-// last one is filled up with the last element.
-template <class T, class Visit>
-LK_INLINE bool for_each_queued(Queue& q, const Visit& visit) {
-  for (int64_t i = q.size; i > 0 && i < q.size + kN - 1; ++i) {
-    q.bits[i] = q.bits[i - 1];
-    q.acc[i] = q.acc[i - 1];
-  }
-  for (int64_t i = 0; i < q.size; i += kN) {
-    const uint32_t on = q.size - i < kN ? (1u << (q.size - i)) - 1u : kAllLanes;
-    if (!visit(i, on, Num<T>::key(read<uv>(q.bits + i)), read<fv>(q.acc + i))) return false;
+// find(bits, updates, &first, &range) for each vector of the queue, then use(positions, its lanes,
+// first, range); the last vector is filled up with the last element. Eight at a time, as each of
+// the two is a chain of its own: the next one begins while it is under way.
+template <class T, class Find, class Use>
+LK_INLINE bool for_each_queued(Queue& q, int64_t size, const T* from, const float* acc,
+                               const Find& find, const Use& use) {
+  constexpr int64_t kBatch = 8;
+  for (int64_t i = size; i > 0 && i < size + kN - 1; ++i) q.at[i] = q.at[i - 1];
+  for (int64_t i = 0; i < size; i += kBatch * kN) {
+    iv first[kBatch];
+    uv range[kBatch];
+    const int64_t end = size - i < kBatch * kN ? size - i : kBatch * kN;
+    for (int64_t v = 0; v * kN < end; ++v) {
+      const uint16_t* const at = q.at + i + v * kN;
+      find(take(from, at), (fv)take(acc, at), first + v, range + v);
+    }
+    for (int64_t v = 0; v * kN < end; ++v) {
+      const uint32_t on = end - v * kN < kN ? (1u << (end - v * kN)) - 1u : kAllLanes;
+      if (!use(q.at + i + v * kN, on, first[v], range[v])) return false;
+    }
   }
   return true;
 }
 
-// step(w, acc, merged, position, valid lanes) over a block, 16 weights at a time; the last ones
+// step(weights, updates, position, valid lanes) over a strip, 16 weights at a time; the last ones
 // through buffers that are zero beyond the end.
 template <class T, class Step>
-LK_INLINE void for_each_16(const T* from, const float* acc, T* to, int64_t n, const Step& step) {
+LK_INLINE void for_each_16(T* w, const float* acc, int64_t n, const Step& step) {
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) step(from + i, acc + i, to + i, i, 0xffffu);
+  for (; i + 16 <= n; i += 16) step(w + i, acc + i, i, 0xffffu);
   if (i < n) {
-    T in[16] = {}, out[16];
+    T in[16] = {};
     float a[16] = {};
     const size_t left = static_cast<size_t>(n - i);
-    std::memcpy(static_cast<void*>(in), from + i, left * sizeof(T));
+    std::memcpy(static_cast<void*>(in), w + i, left * sizeof(T));
     std::memcpy(a, acc + i, left * sizeof(float));
-    step(in, a, out, i, (1u << left) - 1u);
-    std::memcpy(static_cast<void*>(to + i), out, left * sizeof(T));
+    step(in, a, i, (1u << left) - 1u);
+    std::memcpy(static_cast<void*>(w + i), in, left * sizeof(T));
   }
-}
-
-// ---- bits, lowest first ----
-
-LK_INLINE int bit_width(uint32_t x) { return 63 - __builtin_clzll(2 * uint64_t{x} + 1); }
-
-LK_INLINE uint64_t read_le64(const uint8_t* p) {
-  uint64_t x = 0;
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-  std::memcpy(&x, p, 8);
-#else
-  for (int b = 0; b < 8; ++b) x |= static_cast<uint64_t>(p[b]) << (8 * b);
-#endif
-  return x;
-}
-LK_INLINE void write_le64(uint8_t* p, uint64_t x) {
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-  std::memcpy(p, &x, 8);
-#else
-  for (int b = 0; b < 8; ++b) p[b] = static_cast<uint8_t>(x >> (8 * b));
-#endif
-}
-
-// Up to 56 bits a time; 8 bytes beyond the end are touched.
-struct BitWriter {
-  uint8_t* out;
-  uint64_t bits = 0;  // the lowest `held` of the next bytes
-  int held = 0;
-  LK_INLINE void put(uint64_t value, int width) {
-    bits |= value << held;
-    held += width;
-    write_le64(out, bits);
-    out += held >> 3;
-    bits >>= held & ~7;
-    held &= 7;
-  }
-};
-struct BitReader {
-  const uint8_t* data;
-  uint64_t at = 0;
-  LK_INLINE uint64_t take(int width) {
-    const uint64_t word = read_le64(data + (at >> 3)) >> (at & 7);
-    at += static_cast<uint64_t>(width);
-    return word & ((uint64_t{1} << width) - 1);
-  }
-};
-
-// The indices of a vector of the queue, in bit_width(range) bits each: as one word where they are
-// few, else one by one.
-LK_INLINE void put_lanes(BitWriter& to, iv index, uv range, uint32_t on) {
-  uint32_t lane = 0;
-#if defined(LK_PACKS_LANES)
-  const iv set = lane_set(on), width = bit_widths(range) & set;
-  if (__builtin_expect(lanes((iv)(range >> 24 != 0)) == 0, 1)) {
-    for (int part = 0; part < kEights; ++part, lane += 8) {
-      int total;
-      const __m256i offset = lane_offsets(eight(width, part), &total);
-      if (__builtin_expect(total > 56, 0)) break;
-      to.put(pack_lanes(eight(index & set, part), offset), total);
-    }
-  }
-#endif
-  for (; on >> lane != 0; ++lane) {
-    to.put(static_cast<uint32_t>(index[lane]), bit_width(range[lane]));
-  }
-}
-
-// False where an index is not below or at its range; that of an empty interval is -1.
-LK_INLINE bool take_lanes(BitReader& from, uv range, uint32_t on, iv* index) {
-  uint32_t out[kN] = {}, lane = 0;
-#if defined(LK_PACKS_LANES)
-  const iv width = bit_widths(range) & lane_set(on);
-  if (__builtin_expect(lanes((iv)(range >> 24 != 0)) == 0, 1)) {
-    for (int part = 0; part < kEights; ++part, lane += 8) {
-      int total;
-      const __m256i wide = eight(width, part), offset = lane_offsets(wide, &total);
-      if (__builtin_expect(total > 56, 0)) break;
-      write(out + lane, unpack_lanes(from.take(total), wide, offset));
-    }
-  }
-#endif
-  bool fits = true;
-  for (; on >> lane != 0; ++lane) {
-    fits &= range[lane] != ~uint32_t{0};
-    out[lane] = static_cast<uint32_t>(from.take(bit_width(range[lane])));
-  }
-  const uv found = read<uv>(out);
-  *index = (iv)found;
-  return fits && (lanes((iv)(found > range)) & on) == 0;
 }
 
 // ---- encode ----
@@ -267,48 +103,54 @@ LK_INLINE bool take_lanes(BitReader& from, uv range, uint32_t on, iv* index) {
 // The indices of the queue's weights in their intervals. Returns their bytes; `out` has room for 8
 // more.
 template <class T>
-uint32_t write_indices(Queue& q, uint8_t* out) {
+uint32_t write_indices(Queue& q, int64_t size, const T* was, const float* acc, uint8_t* out) {
   BitWriter to = {out};
-  for_each_queued<T>(q, [&](int64_t, uint32_t on, iv key, fv acc) LK_INLINED {
-    iv lo, hi;
-    interval<T>(merged<T>(key, acc), acc, &lo, &hi);
-    put_lanes(to, key - lo, (uv)hi - (uv)lo, on);
-    return true;
-  });
+  for_each_queued(
+      q, size, was, acc,
+      [](uv w, fv a, iv* index, uv* range) LK_INLINED {
+        interval<T>(Num<T>::round(Num<T>::widen(w) + a), a, index, range);
+        *index = Num<T>::key(w) - *index;
+      },
+      [&](const uint16_t*, uint32_t on, iv index, uv range) LK_INLINED {
+        put_lanes(to, index, range, on);
+        return true;
+      });
   return static_cast<uint32_t>(to.out - out) + (to.held > 0);
 }
 
-// m[n] = merged w[n]; *piece describes what was put at `out` (n * sizeof(T) + 8 bytes). False when
-// a result is not finite; w is finite where m is.
+// Merges w[n] in place; was[n] keeps what it was, with room for 16 more. *piece describes what was
+// put at `out` (n * sizeof(T) + 8 bytes). False when a result is not finite; w was finite where its
+// result is.
 template <class T>
-bool encode(const T* w, const float* acc, int64_t n, int64_t block, T* m, uint8_t* out,
+bool encode(T* w, const float* acc, int64_t n, int64_t block, T* was, uint8_t* out,
             ExactPiece* piece, Queue& q) {
   Hash h = hash_start(block);
-  iv bad = {};
+  iv worst = {};
   int64_t size = 0;
-  for_each_16(w, acc, m, n, [&](const T* w16, const float* acc16, T* m16, int64_t i, uint32_t on) {
+  for_each_16(w, acc, n, [&](T* w16, const float* acc16, int64_t i, uint32_t on) LK_INLINED {
 #pragma GCC unroll 4
     for (int s = 0; s < kSub; ++s) {
       const int at = s * kN;
       const uv wb = Num<T>::load(w16 + at);
       const fv wv = Num<T>::widen(wb), a = read<fv>(acc16 + at), u = wv + a;
       const uv mb = Num<T>::round(u);
-      bad |= magnitude(u) > static_cast<int32_t>(Num<T>::kTooBig - 1);
-      Num<T>::store(m16 + at, mb);
+      worst = larger(worst, magnitude(u));
+      Num<T>::store(was + i + at, wb);
+      Num<T>::store(w16 + at, mb);
       h.lane[s] = mix(h.lane[s] ^ mb);
       const uint32_t some = ~lanes(surely_unique<T>(wv, Num<T>::widen(mb), a, u)) & (on >> at);
-      size = push<true>(q, size, some & kAllLanes, i + at, wb, a);
+      write_lanes(q.at + size, some & kAllLanes, i + at);
+      size += __builtin_popcount(some & kAllLanes);
     }
   });
-  q.size = size;
-  if (lanes(bad) != 0) return false;
+  if (lanes(worst > static_cast<int32_t>(Num<T>::kTooBig - 1)) != 0) return false;
   if (piece == nullptr) return true;
   const uint32_t raw = static_cast<uint32_t>(n * static_cast<int64_t>(sizeof(T)));
   piece->data = out;
-  piece->size = write_indices<T>(q, out);
+  piece->size = write_indices(q, size, was, acc, out);
   if (piece->size >= raw) {
     piece->size = raw;
-    std::memcpy(out, w, raw);
+    std::memcpy(out, was, raw);
   }
   piece->sum = hash_end(h, n, out, piece->size);
   return true;
@@ -318,77 +160,77 @@ bool encode(const T* w, const float* acc, int64_t n, int64_t block, T* m, uint8_
 
 // Whether w[n], raw weights of the residual, merges to m[n].
 template <class T>
-bool merges_to(const T* w, const float* acc, int64_t n, const T* m) {
-  for (int64_t i = 0; i < n; i += kN) {
-    T in[kN] = {}, want[kN] = {};
-    float a[kN] = {};
-    const size_t count = static_cast<size_t>(n - i < kN ? n - i : kN);
-    std::memcpy(static_cast<void*>(in), w + i, count * sizeof(T));
-    std::memcpy(static_cast<void*>(want), m + i, count * sizeof(T));
-    std::memcpy(a, acc + i, count * sizeof(float));
-    const iv made = merged<T>(Num<T>::key(Num<T>::load(in)), read<fv>(a));
-    if (lanes(made != Num<T>::key(Num<T>::load(want))) != 0) return false;
-  }
-  return true;
+bool merges_to(T* w, const float* acc, int64_t n, const T* m) {
+  iv wrong = {};
+  for_each_16(w, acc, n, [&](const T* w16, const float* acc16, int64_t i, uint32_t on) LK_INLINED {
+    for (int s = 0; s < kSub; ++s) {
+      const int at = s * kN;
+      const fv u = Num<T>::widen(Num<T>::load(w16 + at)) + read<fv>(acc16 + at);
+      wrong |= lane_set(on >> at) & (Num<T>::round(u) != Num<T>::load(m + i + at));
+    }
+  });
+  return lanes(wrong) == 0;
 }
 
-// Weights of the queue from the bits of the piece. False where they are not what encode() writes.
+// Weights of the queue from the bits of the piece. False where they are not what encoding writes.
 template <class T>
-bool read_indices(Queue& q, const ExactPiece& piece, T* w) {
-  std::memcpy(q.bytes, piece.data, piece.size);
+bool read_indices(Queue& q, int64_t size, const T* merged, const float* acc, uint32_t bytes, T* w) {
   BitReader from = {q.bytes};
-  const bool fits =
-      for_each_queued<T>(q, [&](int64_t i, uint32_t on, iv merged_key, fv acc) LK_INLINED {
-        iv lo, hi;
-        interval<T>(merged_key, acc, &lo, &hi);
-        iv key;
-        if (!take_lanes(from, (uv)hi - (uv)lo, on, &key)) return false;
-        key += lo;
-        const iv finite = (key > -Num<T>::kInf - 1) & (key < Num<T>::kInf);
-        if ((~lanes(finite) & on) != 0) return false;
-        uint32_t bits[kN];
-        write(bits, Num<T>::bits(key));
-        const auto put = [&](int lane) {
-          std::memcpy(static_cast<void*>(w + q.at[i + lane]), bits + lane, sizeof(T));
-        };
-        if (__builtin_expect(on == kAllLanes, 1)) {
+  const auto put_back = [&](const uint16_t* at, uint32_t on, iv lo, uv range) LK_INLINED {
+    iv key;
+    if (!take_lanes(from, range, on, &key)) return false;
+    key += lo;
+    const iv finite = (key > -Num<T>::kInf - 1) & (key < Num<T>::kInf);
+    if ((~lanes(finite) & on) != 0) return false;
+    uint32_t bits[kN];
+    write(bits, Num<T>::bits(key));
+    const auto put = [&](int lane) {
+      std::memcpy(static_cast<void*>(w + at[lane]), bits + lane, sizeof(T));
+    };
+    if (__builtin_expect(on == kAllLanes, 1)) {
 #pragma GCC unroll 16
-          for (int lane = 0; lane < kN; ++lane) put(lane);
-        } else {
-          for (int lane = 0; on >> lane != 0; ++lane) put(lane);
-        }
-        return true;
-      });
-  return fits && (from.at + 7) / 8 == piece.size;
+      for (int lane = 0; lane < kN; ++lane) put(lane);
+    } else {
+      for (int lane = 0; on >> lane != 0; ++lane) put(lane);
+    }
+    return true;
+  };
+  const bool fits = for_each_queued(
+      q, size, merged, acc,
+      [](uv m, fv a, iv* lo, uv* range) LK_INLINED { interval<T>(m, a, lo, range); }, put_back);
+  return fits && (from.at + 7) / 8 == bytes;
 }
 
-// w[n] from m[n] and its piece. False when the piece is not that of m.
+// Undoes w[n] in place with its piece; was[n] keeps what it was, with room for 16 more. False when
+// the piece is not that of w.
 template <class T>
-bool decode(const T* m, const float* acc, int64_t n, int64_t block, const ExactPiece& piece, T* w,
+bool decode(T* w, const float* acc, int64_t n, int64_t block, const ExactPiece& piece, T* was,
             Queue& q) {
   Hash h = hash_start(block);
   int64_t size = 0;
-  for_each_16(m, acc, w, n, [&](const T* m16, const float* acc16, T* w16, int64_t i, uint32_t on) {
+  for_each_16(w, acc, n, [&](T* w16, const float* acc16, int64_t i, uint32_t on) LK_INLINED {
 #pragma GCC unroll 4
     for (int s = 0; s < kSub; ++s) {
       const int at = s * kN;
-      const uv mb = Num<T>::load(m16 + at);
+      const uv mb = Num<T>::load(w16 + at);
       const fv mv = Num<T>::widen(mb), a = read<fv>(acc16 + at);
       const uv wb = Num<T>::round(mv - a);
       const fv wv = Num<T>::widen(wb);
+      Num<T>::store(was + i + at, mb);
       Num<T>::store(w16 + at, wb);
       h.lane[s] = mix(h.lane[s] ^ mb);
       const uint32_t some = ~lanes(surely_unique<T>(wv, mv, a, wv + a)) & (on >> at);
-      size = push<false>(q, size, some & kAllLanes, i + at, mb, a);
+      write_lanes(q.at + size, some & kAllLanes, i + at);
+      size += __builtin_popcount(some & kAllLanes);
     }
   });
-  q.size = size;
   if (hash_end(h, n, piece.data, piece.size) != piece.sum) return false;
   if (piece.size == static_cast<size_t>(n) * sizeof(T)) {
     std::memcpy(static_cast<void*>(w), piece.data, piece.size);
-    return merges_to(w, acc, n, m);
+    return merges_to(w, acc, n, was);
   }
-  return read_indices(q, piece, w);
+  std::memcpy(q.bytes, piece.data, piece.size);
+  return read_indices(q, size, was, acc, piece.size, w);
 }
 
 }  // namespace LK_ISA

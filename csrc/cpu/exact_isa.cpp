@@ -3,9 +3,9 @@
 // The update of the item's rows and columns is computed first, into a buffer of float32: kRows x
 // kCols accumulators run over the whole rank in registers, each a chain of fused multiply-adds from
 // +0 in ascending order, which is the arithmetic the format fixes: long ranks are not cut. Then the
-// item's blocks go through the codec one by one: gathered where W's rows are apart, undone, merged,
-// and written back when nothing can be wrong with the block any more. What a merge records goes
-// into one allocation an item.
+// item's blocks go through the codec one by one, in place, or in a copy where a block's weights do
+// not touch: undone, merged, and put back as they were if something is wrong. What a merge records
+// goes into one allocation an item.
 #include "exact_isa.h"
 
 #include <cstdlib>
@@ -27,17 +27,19 @@ constexpr int kVecs = 2;
 constexpr int kCols = kVecs * kN;
 constexpr int kPad = 16;
 
-// to[kRows][stride] = the update of a panel; `wide` columns of `tall` rows of it are wanted.
-LK_INLINE void update_tile(const float* a, const float* const t[kRows], int64_t rank, int64_t tall,
-                           int64_t wide, float* to, int64_t stride) {
+// to[kRows][stride] = the update of a panel, t [rank][kRows]; `wide` columns of `tall` rows of it
+// are wanted.
+LK_INLINE void update_tile(const float* a, const float* t, int64_t rank, int64_t tall, int64_t wide,
+                           float* to, int64_t stride) {
   fv acc[kRows][kVecs];
 #pragma GCC unroll 8
   for (int y = 0; y < kRows; ++y) acc[y][0] = acc[y][1] = fv{};
-  for (int64_t r = 0; r < rank; ++r, a += kCols) {
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < rank; ++r, a += kCols, t += kRows) {
     const fv a0 = read<fv>(a), a1 = read<fv>(a + kN);
 #pragma GCC unroll 8
     for (int y = 0; y < kRows; ++y) {
-      const fv b = splat(t[y][r]);
+      const fv b = splat(t[y]);
       acc[y][0] = fused(b, a0, acc[y][0]);
       acc[y][1] = fused(b, a1, acc[y][1]);
     }
@@ -80,28 +82,28 @@ void prefetch(const Matrix& w, int64_t row, int64_t col) {
 }
 
 // out[rows][stride] = the update. W is fetched meanwhile: its rows are pages apart, where the
-// hardware does not look ahead.
-void update(const ExactTerm& term, const Matrix& w, const Span& span, float* out) {
+// hardware does not look ahead. `t` has room for kRows rows of the factor.
+void update(const ExactTerm& term, const Matrix& w, const Span& span, float* t, float* out) {
   const int64_t rank = term.rank, rows = span.row1 - span.row0;
-  for (int64_t j = span.col0; j < span.col1; j += kCols) {
-    const float* panel = term.a + j * rank;
-    for (int64_t i = 0; i < rows; i += kRows) {
-      const float* t[kRows];
-      for (int y = 0; y < kRows; ++y) {
-        t[y] = term.t + (span.row0 + (i + y < rows ? i + y : rows - 1)) * rank;
-      }
+  for (int64_t i = 0; i < rows; i += kRows) {
+    for (int y = 0; y < kRows; ++y) {
+      const float* row = term.t + (span.row0 + (i + y < rows ? i + y : rows - 1)) * rank;
+      for (int64_t r = 0; r < rank; ++r) t[r * kRows + y] = row[r];
+    }
+    for (int64_t j = span.col0; j < span.col1; j += kCols) {
       if (i + kRows <= rows) prefetch(w, span.row0 + i, j);
-      update_tile(panel, t, rank, rows - i, span.col1 - j, out + i * span.stride + j - span.col0,
-                  span.stride);
+      update_tile(term.a + j * rank, t, rank, rows - i, span.col1 - j,
+                  out + i * span.stride + j - span.col0, span.stride);
     }
   }
 }
 
 // A thread's buffers.
 struct Scratch {
-  float *undo, *apply;      // updates of a unit
-  uint8_t *in, *mid, *out;  // a block's weights: as they are, undone, merged
-  uint8_t* bits;            // what is recorded of a block
+  float* t;                   // rows of a factor
+  float *undo, *apply;        // updates of a unit
+  uint8_t *copy, *was, *mid;  // a block's weights: a copy of them, as they were, undone
+  uint8_t* bits;              // what is recorded of a block
   Queue* queue;
 };
 
@@ -111,16 +113,20 @@ int64_t unit_width(const ExactLayout& at) { return at.per_row > 1 ? kExactMaxBlo
 
 Scratch make_scratch(const ExactJob& job) {
   const ExactLayout& at = job.layout;
-  const int64_t size = dtype_size(job.w.dtype), block = round_up(kExactMaxBlock * size + 8);
+  const int64_t block = round_up((kExactMaxBlock + 16) * dtype_size(job.w.dtype));
   const int64_t update_bytes = round_up(at.unit_rows * (unit_width(at) + kPad) * 4);
+  int64_t rank = job.undo != nullptr ? job.undo->rank : 0;
+  if (job.apply != nullptr && job.apply->rank > rank) rank = job.apply->rank;
+  const int64_t t_bytes = round_up(rank * kRows * 4);
   uint8_t* p = static_cast<uint8_t*>(
-      merge_scratch(static_cast<size_t>(2 * update_bytes + 4 * block) + sizeof(Queue)));
+      merge_scratch(static_cast<size_t>(t_bytes + 2 * update_bytes + 4 * block) + sizeof(Queue)));
   Scratch s;
-  s.undo = reinterpret_cast<float*>(p);
+  s.t = reinterpret_cast<float*>(p);
+  s.undo = reinterpret_cast<float*>(p += t_bytes);
   s.apply = reinterpret_cast<float*>(p += update_bytes);
-  s.in = p += update_bytes;
+  s.copy = p += update_bytes;
+  s.was = p += block;
   s.mid = p += block;
-  s.out = p += block;
   s.bits = p += block;
   s.queue = reinterpret_cast<Queue*>(p + block);
   return s;
@@ -162,50 +168,55 @@ bool append(uint8_t** chunk, size_t* held, size_t* room, const uint8_t* from, si
   return true;
 }
 
+// One block of n weights, in place: undone, merged, both. Where it is not ok, w is half done and
+// s.was what it was.
+template <class T>
+ExactStatus run_block(const ExactJob& job, const Scratch& s, int64_t block, T* w, int64_t n,
+                      const float* undo, const float* apply) {
+  T* was = reinterpret_cast<T*>(s.was);
+  if (job.undo != nullptr) {
+    if (!decode(w, undo, n, block, job.undo_piece[block], was, *s.queue)) {
+      return ExactStatus::mismatch;
+    }
+    was = reinterpret_cast<T*>(s.mid);
+  }
+  if (job.apply == nullptr) return ExactStatus::ok;
+  ExactPiece* const piece = job.apply_piece != nullptr ? job.apply_piece + block : nullptr;
+  const bool finite = encode(w, apply, n, block, was, s.bits, piece, *s.queue);
+  return finite ? ExactStatus::ok : ExactStatus::not_finite;
+}
+
 template <class T>
 ExactResult run_unit(const ExactJob& job, int64_t unit) {
   const ExactLayout& at = job.layout;
   const Scratch s = make_scratch(job);
   const Span span = unit_span(at, unit);
   const int64_t side = unit / at.row_units, cols = span.col1 - span.col0;
-  if (job.undo != nullptr) update(*job.undo, job.w, span, s.undo);
-  if (job.apply != nullptr) update(*job.apply, job.w, span, s.apply);
+  if (job.undo != nullptr) update(*job.undo, job.w, span, s.t, s.undo);
+  if (job.apply != nullptr) update(*job.apply, job.w, span, s.t, s.apply);
 
   size_t held = 0, room = 0;  // of the unit's chunk
   for (int64_t i = span.row0; i < span.row1; i += at.group) {
     const int64_t block = i / at.group * at.per_row + side;
     if (job.only_done && !job.done[block]) continue;
     const int64_t rows = span.row1 - i < at.group ? span.row1 - i : at.group, n = rows * cols;
-    T* home = static_cast<T*>(job.w.data) + i * job.w.row_stride + span.col0 * job.w.col_stride;
+    T* const home =
+        static_cast<T*>(job.w.data) + i * job.w.row_stride + span.col0 * job.w.col_stride;
     const int64_t first = (i - span.row0) * span.stride;
     const bool flat =
         (job.w.col_stride == 1 || cols == 1) && (rows == 1 || job.w.row_stride == cols);
-    const T* now = home;
-    if (!flat) {
-      gather(home, job.w, rows, cols, reinterpret_cast<T*>(s.in));
-      now = reinterpret_cast<T*>(s.in);
+    T* const w = flat ? home : reinterpret_cast<T*>(s.copy);
+    if (!flat) gather(home, job.w, rows, cols, w);
+    ExactStatus status = run_block(job, s, block, w, n, s.undo + first, s.apply + first);
+    if (status == ExactStatus::ok && job.apply_piece != nullptr &&
+        !append(job.chunk + unit, &held, &room, s.bits, job.apply_piece[block].size)) {
+      status = ExactStatus::no_memory;
     }
-    if (job.undo != nullptr) {
-      T* w = reinterpret_cast<T*>(s.mid);
-      if (!decode(now, s.undo + first, n, block, job.undo_piece[block], w, *s.queue)) {
-        return {ExactStatus::mismatch, block};
-      }
-      now = w;
+    if (status != ExactStatus::ok) {
+      if (flat) std::memcpy(static_cast<void*>(w), s.was, static_cast<size_t>(n) * sizeof(T));
+      return {status, status == ExactStatus::no_memory ? -1 : block};
     }
-    if (job.apply != nullptr) {
-      T* m = reinterpret_cast<T*>(s.out);
-      ExactPiece* piece = job.apply_piece != nullptr ? job.apply_piece + block : nullptr;
-      if (!encode(now, s.apply + first, n, block, m, s.bits, piece, *s.queue)) {
-        return {ExactStatus::not_finite, block};
-      }
-      if (piece != nullptr) {
-        if (!append(job.chunk + unit, &held, &room, s.bits, piece->size)) {
-          return {ExactStatus::no_memory, -1};
-        }
-      }
-      now = m;
-    }
-    scatter(now, job.w, rows, cols, home);
+    if (!flat) scatter(w, job.w, rows, cols, home);
     job.done[block] = 1;
   }
   return {ExactStatus::ok, -1};
@@ -235,6 +246,29 @@ void trim_chunk(const ExactJob& job, int64_t unit) {
   }
 }
 
+uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+// out[n] = a part of a row of m; the largest magnitude in it, as bits.
+template <class T>
+uint32_t widen_strip(const T* from, int64_t stride, int64_t n, float* out) {
+  uint32_t largest = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    out[j] = to_float(from[j * stride]);
+    largest = larger(largest, float_bits(out[j]) & 0x7fffffffu);
+  }
+  return largest;
+}
+uint32_t widen_row(const Matrix& m, int64_t row, int64_t col, int64_t n, float* out) {
+  const auto strip = [&](const auto* data) {
+    const auto* from = data + row * m.row_stride + col * m.col_stride;
+    return m.col_stride == 1 ? widen_strip(from, 1, n, out)
+                             : widen_strip(from, m.col_stride, n, out);
+  };
+  if (m.dtype == DType::f32) return strip(static_cast<const float*>(m.data));
+  if (m.dtype == DType::bf16) return strip(static_cast<const bf16*>(m.data));
+  return strip(static_cast<const f16*>(m.data));
+}
+
 }  // namespace
 
 int exact_panel() { return kCols; }
@@ -248,25 +282,19 @@ ExactResult exact_unit(const ExactJob& job, int64_t unit) {
 }
 
 bool exact_widen_a(const Matrix& a, int64_t panel, float* out) {
-  bool finite = true;
-  const int64_t col0 = panel * kCols;
+  const int64_t col0 = panel * kCols, cols = a.cols - col0 < kCols ? a.cols - col0 : kCols;
+  uint32_t largest = 0;
   for (int64_t r = 0; r < a.rows; ++r, out += kCols) {
-    for (int64_t j = 0; j < kCols; ++j) {
-      out[j] = col0 + j < a.cols ? element(a, r, col0 + j) : 0.0f;
-      finite = finite && (float_bits(out[j]) & 0x7fffffffu) < 0x7f800000u;
-    }
+    largest = larger(widen_row(a, r, col0, cols, out), largest);
+    for (int64_t j = cols; j < kCols; ++j) out[j] = 0.0f;
   }
-  return finite;
+  return largest < 0x7f800000u;
 }
 
 bool exact_widen_b(const Matrix& b, float scale, int64_t row, float* out) {
-  bool finite = true;
-  for (int64_t r = 0; r < b.cols; ++r) {
-    const float x = element(b, row, r);
-    out[r] = scale * x;
-    finite = finite && (float_bits(x) & 0x7fffffffu) < 0x7f800000u;
-  }
-  return finite;
+  const uint32_t largest = widen_row(b, row, 0, b.cols, out);
+  for (int64_t r = 0; r < b.cols; ++r) out[r] = scale * out[r];
+  return largest < 0x7f800000u;
 }
 
 }  // namespace LK_ISA

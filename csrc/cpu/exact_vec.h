@@ -3,8 +3,8 @@
 // GCC's generic vectors: kN lanes of float or 32-bit integers. A `key` orders the values of a dtype
 // as integers: neighbours differ by one, -0 (key -1) lies before +0 (key 0), Inf is next to the
 // largest finite value. `Num<T>` gives, for each dtype, its bits and keys, their float32 values,
-// and a float32 rounded to nearest even. No product here or in the codec feeds a sum that could be
-// contracted, but for exact ones.
+// and a float32 rounded to nearest even; `nearest` is that as a float32, `narrow` its bits. No
+// product here or in the codec feeds a sum that could be contracted, but for exact ones.
 #pragma once
 
 #include "lora_kernels/simd.h"
@@ -36,9 +36,13 @@ template <class V, class T>
 LK_INLINE void write(T* p, V v) {
   std::memcpy(static_cast<void*>(p), &v, sizeof(V));
 }
+#define LK_INLINED __attribute__((always_inline))  // for a lambda
+
 LK_INLINE fv splat(float x) { return x - fv{}; }  // x - 0 is x, of -0 too
 LK_INLINE iv isplat(int32_t x) { return iv{} + x; }
 LK_INLINE iv pick(iv mask, iv yes, iv no) { return (yes & mask) | (no & ~mask); }
+LK_INLINE iv smaller(iv a, iv b) { return a < b ? a : b; }
+LK_INLINE iv larger(iv a, iv b) { return a > b ? a : b; }
 
 // a * b + c, rounded once.
 LK_INLINE fv fused(fv a, fv b, fv c) {
@@ -92,35 +96,38 @@ struct LaneLists {
 constexpr LaneLists kLaneLists;
 #endif
 
-// Puts the lanes where bits are set side by side; what comes after them is arbitrary. No branches:
-// which lanes they are can not be predicted.
-struct Compress {
+// Writes the numbers of the lanes where bits are set, from `first` on, side by side; what comes
+// after them, up to kN, is arbitrary. No branches: which lanes they are can not be predicted.
+LK_INLINE void write_lanes(uint16_t* to, uint32_t bits, int64_t first) {
 #if defined(__AVX512F__)
-  __mmask16 bits;
-  LK_INLINE explicit Compress(uint32_t b) : bits(static_cast<__mmask16>(b)) {}
-  LK_INLINE iv numbers() const { return (*this)(iota()); }
-  LK_INLINE iv operator()(iv v) const { return (iv)_mm512_maskz_compress_epi32(bits, (__m512i)v); }
+  const iv all = iota() + static_cast<int32_t>(first);
+  const __m512i some = _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), (__m512i)all);
+  write(to, (hv)_mm512_cvtepi32_epi16(some));
 #elif defined(__AVX2__)
-  iv order;
-  LK_INLINE explicit Compress(uint32_t b)
-      : order((iv)_mm256_cvtepu8_epi32(
-            _mm_cvtsi64_si128(static_cast<long long>(kLaneLists.of[b & 255u])))) {}
-  LK_INLINE iv numbers() const { return order; }
-  LK_INLINE iv operator()(iv v) const {
-    return (iv)_mm256_permutevar8x32_epi32((__m256i)v, (__m256i)order);
-  }
+  const __m128i lists = _mm_cvtsi64_si128(static_cast<long long>(kLaneLists.of[bits & 255u]));
+  write(to, (hv)_mm_cvtepu8_epi16(lists) + static_cast<uint16_t>(first));
 #else
-  uint32_t bits;
-  LK_INLINE explicit Compress(uint32_t b) : bits(b) {}
-  LK_INLINE iv numbers() const { return (*this)(iota()); }
-  LK_INLINE iv operator()(iv v) const {
-    iv r = {};
-    int n = 0;
-    for (uint32_t left = bits; left != 0; left &= left - 1) r[n++] = v[__builtin_ctz(left)];
-    return r;
+  for (; bits != 0; bits &= bits - 1) {
+    *to++ = static_cast<uint16_t>(first + __builtin_ctz(bits));
   }
 #endif
-};
+}
+
+// bits of from[at[lane]]. One by one: a gather is slower where it is not one of 16 lanes.
+template <class T>
+LK_INLINE uv take(const T* from, const uint16_t* at) {
+  uint32_t r[kN];
+#pragma GCC unroll 16
+  for (int i = 0; i < kN; i++) {
+    if constexpr (sizeof(T) == 4) r[i] = float_bits(from[at[i]]);
+    if constexpr (sizeof(T) == 2) r[i] = from[at[i]].bits;
+  }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (uv)_mm256_setr_epi32(r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7]);
+#else
+  return read<uv>(r);
+#endif
+}
 
 // Of each lane, exact for values below 2^24.
 LK_INLINE iv bit_widths(uv x) {
@@ -208,10 +215,13 @@ struct Num<float> {
   static constexpr uint32_t kTooBig = 0x7f800000;  // magnitude bits of a float32 that rounds to Inf
   static constexpr int kKeyBits = 32;
   static constexpr int32_t kStep = 1;  // between neighbours, in float32 bits
+  static constexpr bool kEven = true;  // of all, not of normal numbers only
   static LK_INLINE uv load(const float* p) { return read<uv>(p); }
   static LK_INLINE void store(float* p, uv bits) { write(p, bits); }
   static LK_INLINE fv widen(uv bits) { return (fv)bits; }
   static LK_INLINE uv round(fv u) { return (uv)u; }
+  static LK_INLINE fv nearest(fv u) { return u; }
+  static LK_INLINE uv narrow(fv w) { return (uv)w; }
   static LK_INLINE iv key(uv bits) { return (iv)bits ^ (((iv)bits >> 31) & 0x7fffffff); }
   static LK_INLINE uv bits(iv key) { return (uv)(key ^ ((key >> 31) & 0x7fffffff)); }
 };
@@ -222,6 +232,7 @@ struct Num<bf16> {
   static constexpr uint32_t kTooBig = 0x7f7f8000;
   static constexpr int kKeyBits = 16;
   static constexpr int32_t kStep = 1 << 16;
+  static constexpr bool kEven = true;
   static LK_INLINE uv load(const bf16* p) { return load_u16(p); }
   static LK_INLINE void store(bf16* p, uv bits) { write(p, narrow_u16(bits)); }
   static LK_INLINE fv widen(uv bits) { return (fv)(bits << 16); }
@@ -229,6 +240,8 @@ struct Num<bf16> {
     const uv b = (uv)u;
     return (b + 0x7fff + ((b >> 16) & 1)) >> 16;
   }
+  static LK_INLINE fv nearest(fv u) { return widen(round(u)); }
+  static LK_INLINE uv narrow(fv w) { return (uv)w >> 16; }
   static LK_INLINE iv key(uv bits) {
     const iv s = (iv)(bits << 16);
     return (s >> 16) ^ ((s >> 31) & 0x7fff);
@@ -242,6 +255,7 @@ struct Num<f16> {
   static constexpr uint32_t kTooBig = 0x477ff000;  // 65520
   static constexpr int kKeyBits = 16;
   static constexpr int32_t kStep = 1 << 13;
+  static constexpr bool kEven = false;
   static LK_INLINE uv load(const f16* p) { return load_u16(p); }
   static LK_INLINE void store(f16* p, uv bits) { write(p, narrow_u16(bits)); }
   static LK_INLINE fv widen(uv bits) {
@@ -308,9 +322,9 @@ LK_INLINE iv surely_unique(fv w, fv m, fv, fv u) {
 template <>
 LK_INLINE iv surely_unique<float>(fv w, fv m, fv acc, fv u) {
   const iv exponent = (iv)m & 0x7f800000;
-  const iv wide = magnitude(w) > exponent;
+  const iv wide = magnitude(w) > larger(exponent, magnitude(acc));
   const iv error = magnitude(acc - (u - w));
-  return wide & (magnitude(w) >= magnitude(acc)) & (u == m) & (error < exponent - (24 << 23));
+  return wide & (u == m) & (error < exponent - (24 << 23));
 }
 
 }  // namespace LK_ISA
