@@ -107,6 +107,19 @@ Tensor new_h(const Tensor& x, int64_t r, int splits) {
   return torch::stable::new_empty(x, {splits, x.size(0), r}, ScalarType::Float);
 }
 
+// h = x aᵀ, in `splits` parts of the columns.
+CudaShrink shrink_of(const Tensor& x, const CudaMatrix& a, int64_t r, Tensor& h, int splits) {
+  CudaShrink shrink = {};
+  shrink.x = matrix(x);
+  shrink.a = a;
+  shrink.h = static_cast<float*>(h.mutable_data_ptr());
+  shrink.m = x.size(0);
+  shrink.k = x.size(1);
+  shrink.r = r;
+  shrink.splits = splits;
+  return shrink;
+}
+
 // y of one adapter; without a weight y += the update alone.
 void one_adapter(const char* op, Tensor& y, const char* y_name, const Tensor& x,
                  const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& lora_a,
@@ -136,15 +149,7 @@ void one_adapter(const char* op, Tensor& y, const char* y_name, const Tensor& x,
   set_out(linear, y, y_name, x);
   Tensor h = new_h(x, r, splits);
   set_h(linear, h, splits);
-  CudaShrink shrink = {};
-  shrink.x = matrix(x);
-  shrink.a = matrix(lora_a);
-  shrink.h = static_cast<float*>(h.mutable_data_ptr());
-  shrink.m = m;
-  shrink.k = k;
-  shrink.r = r;
-  shrink.splits = splits;
-  run(op, shrink, x, type);
+  run(op, shrink_of(x, matrix(lora_a), r, h, splits), x, type);
   run(op, linear, x, type, tile);
 }
 
@@ -202,14 +207,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor dy, Tensor x, May
   set_out(linear, dx, "dx", dy);
   Tensor dh = new_h(dy, r, tile.splits);
   set_h(linear, dh, tile.splits);
-  CudaShrink shrink = {};
-  shrink.x = matrix(dy);
-  shrink.a = matrix(lora_b);
-  shrink.h = static_cast<float*>(dh.mutable_data_ptr());
-  shrink.m = m;
-  shrink.k = n;
-  shrink.r = r;
-  shrink.splits = tile.splits;
+  CudaShrink shrink = shrink_of(dy, matrix(lora_b), r, dh, tile.splits);
   shrink.turned = true;
   run("lora_linear_backward", shrink, dy, type);
   run("lora_linear_backward", linear, dy, type, tile);
@@ -218,15 +216,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor dy, Tensor x, May
 
 CudaShrink bank_shrink(const Tensor& x, const Tensor& a_bank, Tensor& h, int splits,
                        const CudaPlan& plan) {
-  CudaShrink shrink = {};
-  shrink.x = matrix(x);
-  shrink.a = slot_matrix(a_bank);
+  CudaShrink shrink = shrink_of(x, slot_matrix(a_bank), a_bank.size(1), h, splits);
   shrink.a_slot = a_bank.stride(0);
-  shrink.h = static_cast<float*>(h.mutable_data_ptr());
-  shrink.m = x.size(0);
-  shrink.k = x.size(1);
-  shrink.r = a_bank.size(1);
-  shrink.splits = splits;
   shrink.plan = plan;
   return shrink;
 }

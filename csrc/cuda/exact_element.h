@@ -95,25 +95,21 @@ __device__ bool too_big(float u) {
 
 __device__ inline uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
-// A cheap proof that w is the only weight that merges to m, u = fl32(w + acc): in float arithmetic
-// what csrc/cpu/exact_vec.h does with bits. Both neighbours of w are at least the spacing h of T at
-// m away where |w|, one step nearer to zero, is not below m's power of two. Where u is nearer to m
-// than 0.4995 h (h of the values below where m is a power of two), a neighbour's sum, h away but
-// for two roundings of at most 2^-13 h, does not round to m. Never true for zeros and subnormals.
+// A cheap proof that w is the only weight that merges to m, u = fl32(w + acc), where |w| is more
+// than m's power of two. It is that of csrc/cpu/exact_vec.h, which says why it holds, step by step.
 template <class T>
 __device__ bool surely_unique(float w, float m, float acc, float u) {
-  constexpr uint32_t kStep = static_cast<uint32_t>(Number<T>::kStep);
-  const uint32_t top = magnitude(m) & 0x7f800000u;
-  if (magnitude(m) < kStep || magnitude(w) < kStep || magnitude(w) - kStep < top) return false;
-  const float spacing = __uint_as_float((magnitude(m) - kStep) & 0x7f800000u);
+  const int32_t exponent = static_cast<int32_t>(__float_as_uint(m) & 0x7f800000u);
+  const int32_t size = static_cast<int32_t>(magnitude(w));
   if constexpr (sizeof(T) == 4) {
-    // The error of the sum, exact by Knuth's two-sum.
-    const float b = __fadd_rn(u, -w);
-    const float error = __fadd_rn(__fadd_rn(w, -__fadd_rn(u, -b)), __fadd_rn(acc, -b));
-    return u == m && fabsf(error) < __fmul_rn(spacing, 0x1p-24f);
+    const int32_t update = static_cast<int32_t>(magnitude(acc));
+    const int32_t error = static_cast<int32_t>(magnitude(__fadd_rn(acc, -__fadd_rn(u, -w))));
+    return size > exponent && size > update && u == m && error < exponent - (24 << 23);
   } else {
-    return fabsf(__fadd_rn(u, -m)) <
-           __fmul_rn(spacing, 0.4995f * 0x1p-23f * static_cast<float>(Number<T>::kStep));
+    constexpr int32_t kStep = Number<T>::kStep;
+    constexpr int32_t kNear = kStep / 10000 * 4995 + kStep % 10000 * 4995 / 10000;
+    const uint32_t off = __float_as_uint(u) - __float_as_uint(m) + static_cast<uint32_t>(kNear);
+    return size > exponent && off <= static_cast<uint32_t>(2 * kNear);
   }
 }
 
@@ -162,10 +158,10 @@ struct Interval {
   __device__ uint32_t range() const {
     return static_cast<uint32_t>(hi) - static_cast<uint32_t>(lo);
   }
-  // Bits of an index into it.
+  // Bits of an index into it; none where it is empty.
   __device__ int width() const {
     int bits = 0;
-    for (uint32_t left = range(); left != 0; left >>= 1) ++bits;
+    for (uint32_t left = empty() ? 0 : range(); left != 0; left >>= 1) ++bits;
     return bits;
   }
 };

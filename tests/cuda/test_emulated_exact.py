@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from lora_kernels import _native
 from lora_kernels.ops import library as ops
 from lora_kernels.ops.exact.reference import KERNELS as REFERENCE
 from lora_kernels.ops.exact.reference import MALFORMED, MISMATCH, NOT_FINITE, OK
@@ -56,6 +59,37 @@ def test_bits_and_bytes_are_the_references(shape, dtype):
         if status[0] == OK:
             assert _cuda("unmerge_exact_", ours, *adapter, body).tolist() == [OK, -1]
             assert same_bits(ours, weight), kind
+
+
+SIZES = st.one_of(st.sampled_from(["wild", "steps", "zeros"]), st.integers(-140, 60).map(lambda power: 2.0**power))
+
+
+@pytest.mark.skipif(not _native.cpu_available, reason=_native.cpu_reason)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    dtype=st.sampled_from([F32, F16, BF16]),
+    shape=st.sampled_from([(1, 1), (3, 50), (40, 70), (2, 2100), (1, 4095)]),
+    rank=st.integers(1, 5),
+    size=SIZES,
+    update=st.one_of(SIZES, st.integers(-30, 12)),
+    seed=st.integers(0, 2**20),
+)
+def test_bits_and_bytes_are_the_cpus_at_every_magnitude(dtype, shape, rank, size, update, seed):
+    """An integer `update` is the power of two of the update's size beside that of the weights."""
+    if isinstance(update, int):
+        update = 2.0**update * (size if isinstance(size, float) else 1.0)
+    weight, *adapter = _case(*shape, rank, dtype, w=size, a=1.0, b=update, seed=seed)
+    ours, theirs = weight.clone(), weight.clone()
+    body, status = _cuda("merge_exact_", ours, *adapter)
+    their_body, their_status = torch.ops.lora_kernels.merge_exact_(theirs, *adapter)
+    assert status.tolist() == their_status.tolist()
+    assert same_bits(ours, theirs)
+    assert torch.equal(body, their_body)
+    if status[0] == OK:
+        assert _cuda("unmerge_exact_", ours, *adapter, body).tolist() == [OK, -1]
+        assert torch.ops.lora_kernels.unmerge_exact_(theirs, *adapter, body).tolist() == [OK, -1]
+        assert same_bits(ours, weight)
+        assert same_bits(theirs, weight)
 
 
 def test_switch_gives_what_merging_the_new_one_gives():
