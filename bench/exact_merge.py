@@ -75,9 +75,8 @@ def times(dtype, adapter_dtype, rounds, say):
         terms = (*low, 1.0), (*other, 1.0)
         residual = note("exact switch", lambda t=terms, r=residual: lk.ops.switch_exact_(exact, *t, r))
         lk.ops.unmerge_exact_(exact, *other, 1.0, residual)
-        if turn < 3:
-            note("PEFT merge", theirs.merge)
-            note("PEFT unmerge", theirs.unmerge)
+        note("PEFT merge", theirs.merge)
+        note("PEFT unmerge", theirs.unmerge)
         say(f"{turn + 1} of {rounds} rounds")
     assert torch.equal(exact, weight)
     return found
