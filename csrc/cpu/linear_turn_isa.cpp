@@ -16,12 +16,6 @@
 #include "linear_jobs.h"
 #include "lora_kernels/simd.h"
 
-#if defined(__clang__)
-#define LK_UNROLL _Pragma("unroll")
-#else
-#define LK_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 namespace lora_kernels {
 namespace LK_ISA {
 namespace {

@@ -137,12 +137,23 @@ def _why_not(layer, name):
     return None
 
 
+def _at_inference(layer, name):
+    """Whether an adapter is ours at inference alone."""
+    variant = layer.lora_variant[name]
+    if not isinstance(layer, PeftLinear) or _why_not(layer, name):
+        return False
+    return activated(layer, name) or (
+        dora_magnitude(layer, name) is None and not served_variant(layer, name, variant, training=True)
+    )
+
+
 _DROPOUTS = (nn.Dropout, nn.Identity)
 
 
 def _remark(layer):
     """What of a replaced layer runs PEFT's own forward at present, or None."""
     remarks = [f"{name}: {reason}" for name in layer.r if (reason := _why_not(layer, name))]
+    remarks += [f"{name} in training" for name in layer.r if name in layer.lora_variant and _at_inference(layer, name)]
     if layer.merged_adapters:
         remarks.append("merged now")
     return "PEFT's own forward for " + ", ".join(remarks) if remarks else None

@@ -19,23 +19,23 @@ from peft.tuners.lora import layer as peft_layer  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 VARIANTS = {
-    "mica": ({"init_lora_weights": "mica"}, True),
-    "kasa": ({"kasa_config": ("KasaConfig", {})}, True),
-    "monteclora": ({"monteclora_config": ("MontecloraConfig", {})}, True),
-    "velora": ({"velora_config": ("VeloraConfig", {"num_groups": 2})}, True),
-    "bdlora": ({"use_bdlora": ("BdLoraConfig", {"target_modules_bd_a": ["part"], "nblocks": 2})}, True),
-    "bdlora_b": ({"use_bdlora": ("BdLoraConfig", {"target_modules_bd_b": ["part"], "nblocks": 2})}, True),
-    "dora": ({"use_dora": True}, True),
-    "lora_bias": ({"lora_bias": True}, True),
-    "pissa": ({"init_lora_weights": "pissa"}, True),
-    "olora": ({"init_lora_weights": "olora"}, True),
-    "orthogonal": ({"init_lora_weights": "orthogonal"}, True),
-    "rslora": ({"use_rslora": True}, True),
+    "mica": {"init_lora_weights": "mica"},
+    "kasa": {"kasa_config": ("KasaConfig", {})},
+    "monteclora": {"monteclora_config": ("MontecloraConfig", {})},
+    "velora": {"velora_config": ("VeloraConfig", {"num_groups": 2})},
+    "bdlora": {"use_bdlora": ("BdLoraConfig", {"target_modules_bd_a": ["part"], "nblocks": 2})},
+    "bdlora_b": {"use_bdlora": ("BdLoraConfig", {"target_modules_bd_b": ["part"], "nblocks": 2})},
+    "dora": {"use_dora": True},
+    "lora_bias": {"lora_bias": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "rslora": {"use_rslora": True},
 }
 
 
 def variant_config(name):
-    values = dict(VARIANTS[name][0])
+    values = dict(VARIANTS[name])
     for field, value in values.items():
         if isinstance(value, tuple):
             import peft.tuners.lora.config as configs
@@ -59,7 +59,8 @@ def test_variants_keep_working_and_plain_ones_are_ours(name, monkeypatch):
     theirs, ours, wide = (variant_model(name) for _ in range(3))
     wide.double()
     report = lk.accelerate(ours)
-    assert bool(report.replaced) == VARIANTS[name][1], str(report)
+    assert report.replaced
+    assert ("in training" in str(report)) is (name in ("monteclora", "velora"))
     x = torch.randn(3, 5, 24)
     for model in (theirs, ours, wide):
         model.eval()
@@ -68,7 +69,7 @@ def test_variants_keep_working_and_plain_ones_are_ours(name, monkeypatch):
         calls, forward = [], peft_layer.Linear.forward
         monkeypatch.setattr(peft_layer.Linear, "forward", lambda s, *a, **k: (calls.append(s), forward(s, *a, **k))[1])
         within_budget(ours(x), y, expected, ulps=2)
-        assert bool(calls) != VARIANTS[name][1]
+        assert not calls
     grads = []
     for model in (theirs, ours):
         torch.manual_seed(4)

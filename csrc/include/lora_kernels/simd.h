@@ -28,6 +28,12 @@
 #endif
 #endif
 
+#if defined(__clang__)
+#define LK_UNROLL _Pragma("unroll")
+#else
+#define LK_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace lora_kernels {
 namespace LK_ISA {
 
