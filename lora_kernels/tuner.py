@@ -39,6 +39,7 @@ class LoraModel(TunerFacts, ModelMerging, ModelCombining, nn.Module):
         self.peft_config = {}
         self._active = [adapter_name]
         self._fused = []
+        self._frozen = []  # what disable_adapter_layers froze
         self._rows = Rows()
         self.targeted_module_names = []  # of all adapters, in the order they came
         self.targeted_parameter_names = []
@@ -68,6 +69,7 @@ class LoraModel(TunerFacts, ModelMerging, ModelCombining, nn.Module):
         tuner = cls.__new__(cls)
         nn.Module.__init__(tuner)
         tuner.model, tuner.peft_config, tuner._fused = model, peft_config, []
+        tuner._frozen = []
         parts = tuner._parts()
         layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
         tuner.targeted_module_names = [n for n, m in layers if not isinstance(m, LoraParameter)]
@@ -314,7 +316,7 @@ class LoraModel(TunerFacts, ModelMerging, ModelCombining, nn.Module):
     def _activate(self, names, inference_mode=False, parts=None):
         for part in self._parts() if parts is None else parts:
             part.set_adapter(names, inference_mode)
-        self._active = list(names)
+        self._active, self._frozen = list(names), []
 
     def set_requires_grad(self, adapter_names, requires_grad=True):
         """Freezes or unfreezes adapters, active or not."""
@@ -324,17 +326,24 @@ class LoraModel(TunerFacts, ModelMerging, ModelCombining, nn.Module):
             part.set_requires_grad(names, requires_grad)
 
     def enable_adapter_layers(self):
-        """The adapters take part again."""
+        """The adapters take part again, and what trained before trains again."""
         for part in self._parts():
             part.enable_adapters(True)
+        for parameter in self._frozen:
+            parameter.requires_grad = True
+        self._frozen = []
 
     def disable_adapter_layers(self):
-        """The model gives what it gave without adapters (but for base biases that were trained)."""
+        """The model gives what it gave without adapters (but for base biases that were trained); they do not train."""
         biased = [n for n in self._active if self.peft_config[n].bias != "none"]
         if biased:
             warnings.warn(f"adapters {biased} trained base biases, which stay as they are", stacklevel=3)
         for part in self._parts():
             part.enable_adapters(False)
+            for parameter in part._adapter_parameters():
+                if parameter.requires_grad:
+                    parameter.requires_grad = False
+                    self._frozen.append(parameter)
 
     def row_adapters(self, adapter_names, num_beams=None):
         """A context in which each sample of a batch takes its own adapter, "__base__" none (in eval mode).

@@ -53,6 +53,17 @@ class AdapterChoice:
             elif adapter_name in entries._parameters:
                 yield entries._parameters[adapter_name]
 
+    def _adapter_parameters(self):
+        """The factors of all adapters."""
+        modules = self.__dict__["_modules"]
+        for kind in _MODULE_KINDS:
+            for module in modules[kind].__dict__["_modules"].values():
+                for factor in module.__dict__["_parameters"].values():
+                    if factor is not None:
+                        yield factor
+        for kind in _PARAMETER_KINDS:
+            yield from modules[kind].__dict__["_parameters"].values()
+
     def enable_adapters(self, enabled):
         """Turns the adapters off (the layer then gives what the base layer alone does) or on again."""
         self.__dict__["_disable_adapters"] = not enabled

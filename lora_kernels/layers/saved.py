@@ -71,6 +71,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             if name in self.modules_to_save:
                 self.modules_to_save[name].requires_grad_(requires_grad)
 
+    def _adapter_parameters(self):
+        return self.modules_to_save.parameters()
+
     def enable_adapters(self, enabled):
         """Turns the copies off (the original module runs) or on again."""
         self._disable_adapters = not enabled

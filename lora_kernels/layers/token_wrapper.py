@@ -80,6 +80,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         """Freezes or unfreezes the rows of the adapters named."""
         self.token_adapter.set_requires_grad(adapter_names, requires_grad)
 
+    def _adapter_parameters(self):
+        return self.token_adapter.trainable_tokens_delta.parameters()
+
     def enable_adapters(self, enabled):
         """Turns the rows of the adapters off or on again."""
         self._disable_adapters = not enabled

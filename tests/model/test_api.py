@@ -111,6 +111,19 @@ def test_statuses_equal_those_of_peft(step, saved):
         assert ours == theirs
 
 
+def test_nothing_trains_while_disabled():
+    for package, made in both():
+        with made.disable_adapter():
+            assert package.get_model_status(made).requires_grad["default"] is False
+            made.set_adapter("default")  # chooses anew what trains
+        assert package.get_model_status(made).requires_grad["default"] is True
+        made.base_model.disable_adapter_layers()
+        made.base_model.disable_adapter_layers()
+        assert not [n for n, p in made.named_parameters() if p.requires_grad]
+        made.base_model.enable_adapter_layers()
+        assert package.get_model_status(made).requires_grad["default"] is True
+
+
 def test_disabling_does_not_change_what_is_trained():
     found = []
     for package, made in both():
