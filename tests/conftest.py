@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 
 import pytest
 import torch
@@ -33,6 +34,14 @@ ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_compile_cache():
+    """torch counts recompilations by function: those of one test must not use up the limit of the next."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(params=["reference", "cpu"])
