@@ -202,16 +202,17 @@ class PeftModel(StoredModel, HubModel, nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self):
         """In this context the model is the base model; weights are not touched, even when merged."""
-        before = {part.disable_adapters for part in self.base_model._parts()}
+        parts = self.base_model._parts()
+        before = {part.disable_adapters for part in parts}
         if len(before) > 1:
             warnings.warn(
                 "The model contains some adapter layers that are enabled and others that are disabled. After exiting "
                 "the disable_adapter context, all adapters will be enabled",
                 stacklevel=3,
             )
-        self.base_model.disable_adapter_layers()
+        self.base_model._disable(parts)
         try:
             yield
         finally:
             if False in before:
-                self.base_model.enable_adapter_layers()
+                self.base_model._enable(parts)  # a layer that was wrapped inside is enabled from the start

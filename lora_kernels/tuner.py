@@ -327,7 +327,10 @@ class LoraModel(TunerFacts, ModelMerging, ModelCombining, nn.Module):
 
     def enable_adapter_layers(self):
         """The adapters take part again, and what trained before trains again."""
-        for part in self._parts():
+        self._enable(self._parts())
+
+    def _enable(self, parts):
+        for part in parts:
             part.enable_adapters(True)
         for parameter in self._frozen:
             parameter.requires_grad = True
@@ -335,15 +338,16 @@ class LoraModel(TunerFacts, ModelMerging, ModelCombining, nn.Module):
 
     def disable_adapter_layers(self):
         """The model gives what it gave without adapters (but for base biases that were trained); they do not train."""
+        self._disable(self._parts())
+
+    def _disable(self, parts):
         biased = [n for n in self._active if self.peft_config[n].bias != "none"]
         if biased:
-            warnings.warn(f"adapters {biased} trained base biases, which stay as they are", stacklevel=3)
-        for part in self._parts():
+            warnings.warn(f"adapters {biased} trained base biases, which stay as they are", stacklevel=4)
+        frozen = self._frozen
+        for part in parts:
             part.enable_adapters(False)
-            for parameter in part._adapter_parameters():
-                if parameter.requires_grad:
-                    parameter.requires_grad = False
-                    self._frozen.append(parameter)
+            part._freeze(frozen)
 
     def row_adapters(self, adapter_names, num_beams=None):
         """A context in which each sample of a batch takes its own adapter, "__base__" none (in eval mode).

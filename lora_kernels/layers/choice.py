@@ -7,6 +7,14 @@ _MODULE_KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")
 _PARAMETER_KINDS = ("lora_embedding_A", "lora_embedding_B")
 
 
+def freeze(parameters, frozen):
+    """Stops the training of parameters; those that trained are appended to ``frozen``."""
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.requires_grad = False
+            frozen.append(parameter)
+
+
 class AdapterChoice:
     """The part of ``LoraLayer`` that chooses among its adapters."""
 
@@ -53,16 +61,19 @@ class AdapterChoice:
             elif adapter_name in entries._parameters:
                 yield entries._parameters[adapter_name]
 
-    def _adapter_parameters(self):
-        """The factors of all adapters."""
+    def _freeze(self, frozen):
+        """Stops the training of all factors; those that trained are appended to ``frozen``."""
         modules = self.__dict__["_modules"]
         for kind in _MODULE_KINDS:
-            for module in modules[kind].__dict__["_modules"].values():
-                for factor in module.__dict__["_parameters"].values():
-                    if factor is not None:
-                        yield factor
+            entries = modules[kind].__dict__["_modules"]
+            for name in entries:
+                for factor in entries[name].__dict__["_parameters"].values():
+                    if factor is not None and factor.requires_grad:
+                        factor.requires_grad = False
+                        frozen.append(factor)
         for kind in _PARAMETER_KINDS:
-            yield from modules[kind].__dict__["_parameters"].values()
+            if factors := modules[kind].__dict__["_parameters"]:
+                freeze(factors.values(), frozen)
 
     def enable_adapters(self, enabled):
         """Turns the adapters off (the layer then gives what the base layer alone does) or on again."""

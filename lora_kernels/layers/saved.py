@@ -5,6 +5,7 @@ import copy
 from torch import nn
 
 from .auxiliary import AuxiliaryTrainingWrapper
+from .choice import freeze
 from .mixed import Batch, run_saved
 
 
@@ -71,8 +72,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             if name in self.modules_to_save:
                 self.modules_to_save[name].requires_grad_(requires_grad)
 
-    def _adapter_parameters(self):
-        return self.modules_to_save.parameters()
+    def _freeze(self, frozen):
+        freeze(self.modules_to_save.parameters(), frozen)
 
     def enable_adapters(self, enabled):
         """Turns the copies off (the original module runs) or on again."""

@@ -1,6 +1,7 @@
 """``TrainableTokensWrapper``: stands in a model for an embedding, or a tied head, some of whose rows are trained."""
 
 from .auxiliary import AuxiliaryTrainingWrapper
+from .choice import freeze
 from .tokens import TrainableTokensLayer
 
 
@@ -80,8 +81,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         """Freezes or unfreezes the rows of the adapters named."""
         self.token_adapter.set_requires_grad(adapter_names, requires_grad)
 
-    def _adapter_parameters(self):
-        return self.token_adapter.trainable_tokens_delta.parameters()
+    def _freeze(self, frozen):
+        freeze(self.token_adapter.trainable_tokens_delta.parameters(), frozen)
 
     def enable_adapters(self, enabled):
         """Turns the rows of the adapters off or on again."""
