@@ -336,6 +336,9 @@ class LoraLayer(AdapterChoice, MergedWeight, nn.Module):
             state["_terms"], single = _alone(names[0])
             state["_single"] = None if special else single
             return
+        if state["_disable_adapters"] and not merged:
+            state["_terms"], state["_single"] = (), None
+            return
         active = [] if state["_disable_adapters"] else [n for n in names if n in state["r"]]
         added = [(name, 1.0) for name in active if name not in merged]
         removed = [(name, -1.0) for name in reversed(merged)] if merged and state["_disable_adapters"] else []

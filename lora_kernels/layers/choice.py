@@ -65,9 +65,8 @@ class AdapterChoice:
         """Stops the training of all factors; those that trained are appended to ``frozen``."""
         modules = self.__dict__["_modules"]
         for kind in _MODULE_KINDS:
-            entries = modules[kind].__dict__["_modules"]
-            for name in entries:
-                for factor in entries[name].__dict__["_parameters"].values():
+            for module in modules[kind].__dict__["_modules"].values():
+                for factor in module.__dict__["_parameters"].values():
                     if factor is not None and factor.requires_grad:
                         factor.requires_grad = False
                         frozen.append(factor)
