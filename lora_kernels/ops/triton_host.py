@@ -9,6 +9,7 @@ import functools
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Under TRITON_INTERPRET=1 kernels run in Triton's interpreter, on CPU tensors: for tests. Fixed at their definition.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -92,6 +93,17 @@ def tma_ready(*tensors):
         and tensor.numel() > 0
         for tensor in tensors
     )
+
+
+# Tensors of a group that a kernel takes descriptors of.
+MOST_DESCRIPTORS = 4
+
+
+def descriptors(tensors, block):
+    """A TMA descriptor a tensor, then None up to :data:`MOST_DESCRIPTORS`: arguments of their own, as Triton's launcher
+    unpacks none inside a tuple. All None without tensors."""
+    found = [TensorDescriptor.from_tensor(tensor, block) for tensor in tensors]
+    return *found, *[None] * (MOST_DESCRIPTORS - len(found))
 
 
 def aligned(tensor):

@@ -10,6 +10,10 @@ def dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST or left.dtype != right.dtype:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
+    if PRECISION == "ieee":
+        # One chain of thousands of additions would lose digits that float32 has to keep: a block is summed on its own.
+        # By fma, as the compiler folds a plain addition into the product's accumulator.
+        return tl.fma(tl.dot(left, right, input_precision=PRECISION), 1.0, acc)
     return tl.dot(left, right, acc, input_precision=PRECISION)
 
 

@@ -194,6 +194,12 @@ def _failed(case, arch, kernel, error):
     return Record(case.name, kernel, arch, "", "", 0, 0, 0, 0, 0, {}, [problem])
 
 
+def launch_problems(signature):
+    """What Triton's launcher does not unpack, though it compiles: a descriptor inside a tuple."""
+    nested = [name for name, kind in signature.items() if isinstance(kind, tuple) and "tensordesc" in repr(kind)]
+    return [f"{name}: a descriptor inside a tuple can not be launched" for name in nested]
+
+
 def _measure(case, arch, key, src, options, values):
     import triton
     from triton.backends.compiler import GPUTarget
@@ -209,6 +215,7 @@ def _measure(case, arch, key, src, options, values):
         return _failed(case, arch, src.fn.__name__, error)
     blocks = [str(values[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_H", "BLOCK_K") if name in values]
     record = _read(case, arch, key, compiled, expected, src.fn.__name__, "x".join(blocks))
+    record.problems += launch_problems(src.signature)
     cache.parent.mkdir(parents=True, exist_ok=True)
     partial = cache.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(dataclasses.asdict(record)))

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 from lora_kernels.ops import triton_backend
+from lora_kernels.testing import static_gate
 
 # In a process of its own: here the kernels may be defined for the interpreter.
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -36,6 +37,12 @@ def test_every_kernel_was_compiled_for_every_architecture(records):
     kernels = {name for part in modules for name in vars(part) if name.endswith("_kernel")}
     assert len(kernels) > 15
     assert {(r["kernel"], r["arch"]) for r in records} == {(name, arch) for name in kernels for arch in (80, 90, 100)}
+
+
+def test_what_compiles_but_can_not_be_launched_is_seen():
+    flat = {"x": "tensordesc<bf16[64, 64]>", "ys": ("*bf16", "*bf16"), "rank": "i32"}
+    assert not static_gate.launch_problems(flat)
+    assert "x: a descriptor inside a tuple" in static_gate.launch_problems({**flat, "x": (flat["x"], "constexpr")})[0]
 
 
 def test_a_table_of_other_sources_is_found_out(records, tmp_path):

@@ -40,6 +40,23 @@ def test_inference_of_three_projections_of_different_ranks(tokens, tma, device, 
         assert all(map(torch.equal, grouped_lora_linear(*case.args()), y))
 
 
+def test_more_projections_than_a_kernel_takes_descriptors_of(device):
+    widths, ranks = (16, 8, 24, 8, 40), (4, 1, 3, 2, 5)
+    case = make_grouped(37, 64, widths, ranks, torch.float16, device=device)
+    x, generator = case.x.requires_grad_(), torch.Generator().manual_seed(1)
+    dy = [torch.randn(37, width, generator=generator).to(device, torch.float16) for width in widths]
+
+    def results(run, cast):
+        y = [run(cast(x), *map(cast, each), s) for *each, s in zip(*case.groups()[1:], case.scalings, strict=True)]
+        return [*y, *torch.autograd.grad(y, x, [cast(part) for part in dy])]
+
+    y = grouped_lora_linear(*case.args())
+    ours = [*y, *torch.autograd.grad(y, x, dy)]
+    eager, exact = results(eager_lora_linear, torch.clone), results(exact_lora_linear, torch.Tensor.double)
+    for found, *others in zip(ours, eager, exact, strict=True):
+        assert_within_budget(found, *others)
+
+
 class Counted:
     """A kernel that notes its launches."""
 

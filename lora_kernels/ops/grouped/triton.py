@@ -42,7 +42,7 @@ def _add_updates(ys, x, weights, biases, u, lora_b, lora_a, batch_invariant):
     """ys[i] = x Wᵢᵀ + biasᵢ + uᵢ Bᵢᵀ in one launch, with the tiles of the widest projection."""
     widest = max(weights, key=lambda weight: weight.shape[0])
     # Where every element needs an address of its own, larger tiles of several projections spill.
-    small = batch_invariant or not all(map(host.aligned, (x, *weights)))
+    small = batch_invariant or len(weights) > host.MOST_DESCRIPTORS or not all(map(host.aligned, (x, *weights)))
     tiles = two_pass_config(x, widest, lora_a[0], lora_b[0], small)
     ranks, widths = (tuple(factor.shape[dim] for factor in lora_b) for dim in (1, 0))
     padded, sizes = u.shape[1] // len(ranks), (tiles.block_m, tiles.block_n)
@@ -52,12 +52,14 @@ def _add_updates(ys, x, weights, biases, u, lora_b, lora_a, batch_invariant):
     switches = linear.switches_of(x, biases[0], lora_a[0], lora_b[0], None, tiles)
     del switches["WIDTHS"], switches["NUM_SLICES"]
     block_r = linear.update_block(padded, switches)
-    tma = tiles.tma and host.tma_ready(x, u, *weights)
-    operands = [x, tuple(weights), u]
+    tma = tiles.tma and len(weights) <= host.MOST_DESCRIPTORS and host.tma_ready(x, u, *weights)
+    described = host.descriptors(weights if tma else (), [sizes[1], tiles.block_k])
     if tma:
-        operands[1] = tuple(TensorDescriptor.from_tensor(weight, [sizes[1], tiles.block_k]) for weight in weights)
-        operands[0] = TensorDescriptor.from_tensor(x, [sizes[0], tiles.block_k])
-        operands[2] = TensorDescriptor.from_tensor(u, [sizes[0], block_r])
+        x_operand = TensorDescriptor.from_tensor(x, [sizes[0], tiles.block_k])
+        u_operand = TensorDescriptor.from_tensor(u, [sizes[0], block_r])
+        operands = (x_operand, (None,), *described, u_operand)
+    else:
+        operands = (x, tuple(weights), *described, u)
     pdl = host.has_pdl(x)
     y_strides, w_strides, b_strides = ([tuple(t.stride(d) for t in g) for d in (0, 1)] for g in (ys, weights, lora_b))
     bias_strides = tuple(host.strides(bias)[0] for bias in biases)

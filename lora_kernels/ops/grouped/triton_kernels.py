@@ -9,7 +9,8 @@ from ..triton_tiles import grouped_tile, store_rows
 
 @triton.jit
 def grouped_kernel(
-    ys, x, weights, u, biases, lora_bs, num_rows, in_features, widths, ranks, padded_rank,
+    ys, x, weights, weight_0, weight_1, weight_2, weight_3, u, biases, lora_bs,
+    num_rows, in_features, widths, ranks, padded_rank,
     y_row_strides, y_strides, x_row_stride, x_stride, w_row_strides, w_strides, u_row_stride, bias_strides,
     b_row_strides, b_strides,
     NUM_LISTED: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
@@ -20,8 +21,10 @@ def grouped_kernel(
     """ys[i] (M, widths[i]) = x · weights[i]ᵀ + biases[i] + the i-th padded_rank columns of u · lora_bs[i]ᵀ.
 
     Persistent. The tiles are numbered through all NUM_LISTED projections, so that no projection ends with a wave of its
-    own that is not full; operands as two_pass_tile.
+    own that is not full; operands as two_pass_tile, weight_i being the descriptor of weights[i].
     """
+    if TMA:
+        weights = (weight_0, weight_1, weight_2, weight_3)
     num_tiles_m = tl.cdiv(num_rows, BLOCK_M)
     start = tl.program_id(0)
     for i in tl.static_range(NUM_LISTED):

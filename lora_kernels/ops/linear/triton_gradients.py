@@ -6,7 +6,6 @@ A ``segments`` argument is None, all rows belonging to one adapter, or (row_orde
 import math
 
 import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import triton_host as host
 from .. import tuning
@@ -115,7 +114,7 @@ def input_gradient(dx, dys, weights, g, lora_a, *, mask=None, row_slots=None, ba
     if dx.numel() == 0:
         return
     num_rows, in_features = dx.shape
-    aligned = all(host.aligned(tensor) for tensor in (*dys, *weights))
+    aligned = all(host.aligned(tensor) for tensor in (*dys, *weights)) and len(dys) <= host.MOST_DESCRIPTORS
     mixed = dx.dtype != lora_a.dtype
     tiles = None
     if len(dys) == 1 and mask is None and row_slots is None and aligned and not (mixed or batch_invariant):
@@ -130,14 +129,14 @@ def input_gradient(dx, dys, weights, g, lora_a, *, mask=None, row_slots=None, ba
     tiles_n = -(-in_features // tiles.block_n)
     programs = min(-(-num_rows // tiles.block_m) * tiles_n, host.num_sms(dx))
     widths = tuple(dy.shape[1] for dy in dys) or (0,)  # a kernel takes no empty tuple
-    tma = tiles.tma and len(dys) > 0 and host.tma_ready(*dys, *weights)
+    tma = tiles.tma and 0 < len(dys) <= host.MOST_DESCRIPTORS and host.tma_ready(*dys, *weights)
     strides = [tuple(t.stride(dim) for t in group) or (0,) for group in (dys, weights) for dim in (0, 1)]
-    operands = (dys, weights) if dys else ((None,), (None,))
-    if tma:
-        blocks = ([tiles.block_m, tiles.block_k], [tiles.block_k, tiles.block_n])
-        operands = [tuple(TensorDescriptor.from_tensor(t, b) for t in g) for g, b in zip(operands, blocks, strict=True)]
+    operands = (dys, weights) if dys and not tma else ((None,), (None,))
+    described = (dys, weights) if tma else ((), ())
+    blocks = ([tiles.block_m, tiles.block_k], [tiles.block_k, tiles.block_n])
+    described = (d for group, block in zip(described, blocks, strict=True) for d in host.descriptors(group, block))
     triton_train_kernels.dx_kernel[(programs,)](
-        dx, *operands, g, lora_a, mask, row_slots, num_rows, in_features, widths, g.shape[1],
+        dx, *operands, *described, g, lora_a, mask, row_slots, num_rows, in_features, widths, g.shape[1],
         -(-in_features // 8), *dx.stride(), *strides, g.stride(0),
         *lora_a.stride(), tiles_n,
         NUM_TERMS=len(dys), HAS_MASK=mask is not None, MULTI=row_slots is not None,

@@ -142,7 +142,8 @@ def add_low_rank(
 
 @triton.jit
 def dx_kernel(
-    dx, dys, weights, g, lora_a, mask, row_slots, num_rows, in_features, widths, rank, num_groups,
+    dx, dys, weights, dy_0, dy_1, dy_2, dy_3, weight_0, weight_1, weight_2, weight_3,
+    g, lora_a, mask, row_slots, num_rows, in_features, widths, rank, num_groups,
     dx_row_stride, dx_stride, dy_row_strides, dy_strides, w_row_strides, w_strides, g_row_stride,
     a_slot_stride, a_rank_stride, a_stride, num_tiles_n,
     NUM_TERMS: tl.constexpr, HAS_MASK: tl.constexpr, MULTI: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
@@ -153,10 +154,12 @@ def dx_kernel(
     """dx (M, in) = Σ dys[i] (M, widths[i]) · weights[i] (widths[i], in) + g (M, rank) · lora_a (rank, in), persistent.
 
     NUM_TERMS: entries of the tuples, 0 for the last term alone; more than one: projections that share their input.
-    TMA: dys and weights are descriptors with blocks (BLOCK_M, BLOCK_K) and (BLOCK_K, BLOCK_N). MULTI: lora_a (slots,
-    rank, in), row_slots int32 (M) names each row's slot, −1 for none; rows of other slots are selected away, so that an
-    Inf in one adapter reaches no other's rows.
+    TMA: dy_i and weight_i are their descriptors, with blocks (BLOCK_M, BLOCK_K) and (BLOCK_K, BLOCK_N). MULTI: lora_a
+    (slots, rank, in), row_slots int32 (M) names each row's slot, −1 for none; rows of other slots are selected away, so
+    that an Inf in one adapter reaches no other's rows.
     """
+    if TMA:
+        dys, weights = (dy_0, dy_1, dy_2, dy_3), (weight_0, weight_1, weight_2, weight_3)
     num_tiles_m = tl.cdiv(num_rows, BLOCK_M)
     for tile in tl.range(tl.program_id(0), num_tiles_m * num_tiles_n, NUM_PROGRAMS, flatten=False):
         tile_m, tile_n = grouped_tile(tile, num_tiles_m, num_tiles_n, GROUP_M)
