@@ -30,7 +30,7 @@ def inject_adapter_in_model(peft_config, model, adapter_name="default", low_cpu_
         model: any module; it may have adapters already, from an earlier call.
         adapter_name: of the new adapter.
         low_cpu_mem_usage: its factors on the meta device.
-        state_dict: the targets are those whose tensors are here, whatever ``target_modules`` says.
+        state_dict: the targets are those whose tensors are here, whatever the config says of modules and layers.
 
     Raises:
         ValueError, TypeError: a config that does not fit; the model is unchanged.
@@ -46,6 +46,7 @@ def inject_adapter_in_model(peft_config, model, adapter_name="default", low_cpu_
         named = {key.partition(".lora_")[0].removesuffix(".base_layer") for key in keys}
         _warn_of_inconsistency(model, peft_config, named)
         peft_config.target_modules = named
+        peft_config.exclude_modules = peft_config.layers_to_transform = peft_config.layers_pattern = None
     before = model.__dict__.get("peft_config")
     if before is None:
         tuner = LoraModel(model, peft_config, adapter_name, autocast_adapter_dtype=False, meta=low_cpu_mem_usage)

@@ -2,6 +2,7 @@
 // a task, and the second half of the forward.
 #pragma once
 
+#include "no_update.h"
 #include "segments.h"
 
 namespace lora_kernels {
@@ -126,11 +127,17 @@ inline void expand(const Shape& s, const TensorArg& y, DType y_dtype, const floa
   run_adds(tasks.data(), static_cast<int64_t>(tasks.size()));
 }
 
-// y = x W^T + bias + scale * h B^T, with h (M, S * R) made before.
+// y = x W^T + bias + scale * h B^T, with h (M, S * R) made before. A fresh adapter (B = 0) gives
+// the bits of the base layer: the vendor's GEMM alone, unless a row's bits must not depend on M.
 inline void finish(const Shape& s, const TensorArg& y, const TensorArg& x, TensorArg& w,
                    const TensorArg& bias, const TensorArg& b, float scale, bool invariant,
                    const float* h, int64_t h_stride) {
   if (s.M == 0 || s.N == 0) return;
+  if (!invariant && update_is_zero(h, h_stride, s.M, s.S * s.R, b, s.b_dtype)) {
+    record_path(Path::vendor);
+    vendor_linear(y, x, w, bias);
+    return;
+  }
   const Path path = path_for(s.M, w, s.dtype, false, invariant);
   RowUpdate* updates = nullptr;
   if (path == Path::stream && s.R > 0) {

@@ -9,8 +9,9 @@
 //   widened  half-precision W and x in float32 blocks through torch's GEMM, the update as above
 //   add      no base product: lora_add_, shrink, expand
 //
-// The choice depends on shapes, dtype and machine alone, never on the adapters: a row without an
-// adapter has the same bits whether or not its neighbours have one.
+// The choice depends on shapes, dtype and machine alone: a row without an adapter has the same bits
+// whether or not its neighbours have one. Only where one adapter serves all rows and its B is zero
+// the vendor's GEMM runs, for the bits of the base layer (bind/no_update.h).
 #pragma once
 
 #include <atomic>

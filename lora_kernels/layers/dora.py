@@ -43,7 +43,8 @@ def update_rows(layer, name, x, y):
     z = wide(y)
     if bias is None:
         return layer._add(name, x, z, scale) * c
-    return torch.addcmul(wide(bias), layer._add(name, x, z - bias, scale), c)
+    plain = z - bias
+    return z + (layer._add(name, x, plain.clone(), scale) * c - plain)  # where nothing is trained yet, z bit for bit
 
 
 def without(layer, name, x, y):

@@ -1,5 +1,6 @@
 """The names, signatures, statuses and errors that code written for PEFT relies on."""
 
+import contextlib
 import copy
 import importlib
 import inspect
@@ -198,14 +199,18 @@ def test_scaling_may_be_assigned_as_a_dict():
 
 @pytest.mark.parametrize("given", [False, True])
 def test_injection_returns_the_model_itself(given):
+    """And with a state dict its keys are the targets, whatever the config leaves out, with a warning."""
     found = []
     for package in (peft, lk):
         model = tiny()
         config = package.LoraConfig(r=4, target_modules=["q_proj"])
         assert package.inject_adapter_in_model(config, model) is model
         keys = {"layers.0.v_proj.lora_A.weight": None} if given else None
-        second = package.LoraConfig(r=2, target_modules=["v_proj"])
-        package.inject_adapter_in_model(second, model, "b", state_dict=keys)
+        limits = {"exclude_modules": ["layers.0.v_proj"], "layers_to_transform": [1]} if given else {}
+        second = package.LoraConfig(r=2, target_modules=["v_proj"], **limits)
+        warned = pytest.warns(RuntimeWarning, match="inconsistency") if given else contextlib.nullcontext()
+        with warned:
+            package.inject_adapter_in_model(second, model, "b", state_dict=keys)
         randomize(model)
         state = package.get_peft_model_state_dict(model, adapter_name="b")
         found.append((model(token_ids()), {k: v.shape for k, v in state.items()}, set(model.state_dict())))
