@@ -81,7 +81,7 @@ class Linear(Merging, Rows, PeftLinear):
         weight = getattr(base, "weight", None)
         if base.__class__.__name__ != "Conv1D" or torch.compiler.is_compiling() or not _unhooked(base):
             return PeftLinear.forward(self, x)
-        if weight.__class__ is not nn.Parameter or x.__class__ not in PLAIN_TENSORS or not usable(x, weight.dtype):
+        if not {weight.__class__, x.__class__} <= PLAIN_TENSORS or not usable(x, weight.dtype):
             return PeftLinear.forward(self, x)
         terms = [term(self, name, weight.dtype, x, any_bias=True) for name in names]
         if None in terms:

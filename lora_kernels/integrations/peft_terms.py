@@ -15,7 +15,7 @@ from .. import ops
 from ..layers.linear import _unhooked
 from ..ops.linear.api import autocast_dtype
 
-_Linear, _Dropout, _Identity, _Parameter = nn.Linear, nn.Dropout, nn.Identity, nn.Parameter
+_Linear, _Dropout, _Identity = nn.Linear, nn.Dropout, nn.Identity
 PLAIN_TENSORS = frozenset({torch.Tensor, nn.Parameter})
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _scales = {}
@@ -40,7 +40,7 @@ def plain_weight(base, x):
     if base.__class__ is not _Linear or not _unhooked(base) or x.__class__ not in PLAIN_TENSORS:
         return None
     weight = base._parameters.get("weight")
-    if weight.__class__ is not _Parameter or weight.dtype not in DTYPES:
+    if weight.__class__ not in PLAIN_TENSORS or weight.dtype not in DTYPES:
         return None
     return weight if usable(x, weight.dtype) else None
 
@@ -96,7 +96,7 @@ def term(layer, name, dtype, x, any_variant=False, any_bias=False):
 def _factor(module):
     """The matrix A or B of a module, one of blocks on a diagonal in full; None: not ours to know."""
     weight = module._parameters.get("weight")
-    if weight.__class__ is not _Parameter or module.__class__ not in FACTORS:
+    if weight.__class__ not in PLAIN_TENSORS or module.__class__ not in FACTORS:
         return None
     return weight if module.__class__ is _Linear else module.weight_as_blockdiagonal_matrix()
 

@@ -12,7 +12,8 @@ from .mixed import Batch, by_group, run_lora
 from .scaling import scaling_buffer
 
 _lora_linear = ops.lora_linear
-_Linear, _Dropout, _Parameter = nn.Linear, nn.Dropout, nn.Parameter
+_Linear, _Dropout = nn.Linear, nn.Dropout
+_PLAIN = (nn.Parameter, torch.Tensor)  # FSDP shows views of its flat parameter
 
 
 class LoraLinear(LoraLayer):
@@ -156,7 +157,7 @@ class LoraLinear(LoraLayer):
         b = modules["lora_B"]._modules[name]._parameters.get("weight")
         parameters = base._parameters
         weight = parameters.get("weight")
-        if weight.__class__ is not _Parameter or a is None or b is None:
+        if weight.__class__ not in _PLAIN or a is None or b is None:
             return None
         dtype = a.dtype
         if (dtype is not weight.dtype and dtype is not torch.float32) or b.dtype is not dtype:
@@ -177,7 +178,7 @@ class LoraLinear(LoraLayer):
         if not present:
             return base(x, *args, **kwargs)
         weight = base._parameters.get("weight")
-        plain = base.__class__ is _Linear and weight.__class__ is _Parameter and not args and not kwargs
+        plain = base.__class__ is _Linear and weight.__class__ in _PLAIN and not args and not kwargs
         if not plain or not _unhooked(base):
             return by_group(self, batch, x, *args, **kwargs)
         all_a, all_b, dtype = modules["lora_A"]._modules, modules["lora_B"]._modules, None
