@@ -136,7 +136,7 @@ class PeftModel(StoredModel, HubModel, nn.Module):
     @property
     def has_active_enabled_adapter(self):
         """Whether some adapter takes part in the forward pass."""
-        return bool(self.active_adapters) and any(not part.disable_adapters for part in self.base_model._each_part())
+        return bool(self.active_adapters) and any(not part.disable_adapters for part in self.base_model._parts())
 
     @property
     def base_model_torch_dtype(self):

@@ -13,6 +13,7 @@ from .layers import (
     TrainableTokensWrapper,
 )
 from .layers.base import check_adapter_name
+from .layers.choice import choose
 from .layers.grouped import group_siblings
 from .layers.mixed import BASE, Batch, Rows
 from .layers.tied import Tie, tie_equal
@@ -111,21 +112,22 @@ class LoraModel(TunerFacts, ModelMerging, ModelCombining, nn.Module):
 
     def _parts(self):
         """The LoRA layers, and the wrappers of what is trained beside, in the order of the model; below only LoRA."""
-        return list(self._each_part())
-
-    def _each_part(self):
-        seen, stack = set(), [self.model]
+        parts, seen, stack = [], set(), [self.model]
         while stack:
             module = stack.pop()
             if module is None or module in seen:
                 continue
             seen.add(module)
-            if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
-                yield module
-                if isinstance(module, LoraLayer) and len(module.base_layer._modules):
-                    stack.append(module.base_layer)
-            else:
-                stack.extend(reversed(module._modules.values()))
+            children = module._modules
+            if isinstance(module, LoraLayer):
+                parts.append(module)
+                if children["base_layer"]._modules:
+                    stack.append(children["base_layer"])
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                parts.append(module)
+            elif children:
+                stack.extend(reversed(children.values()))
+        return parts
 
     def _get_module_names_tied_with_embedding(self):
         """As in PEFT: what ``ensure_weight_tying`` ties."""
@@ -314,8 +316,14 @@ class LoraModel(TunerFacts, ModelMerging, ModelCombining, nn.Module):
         self._activate(names, inference_mode, parts)
 
     def _activate(self, names, inference_mode=False, parts=None):
+        trained = () if inference_mode else names
+        unmerged = []
         for part in self._parts() if parts is None else parts:
-            part.set_adapter(names, inference_mode)
+            if isinstance(part, LoraLayer) and not part._merged:
+                unmerged.append(part)
+            else:
+                part.set_adapter(names, inference_mode)
+        choose(unmerged, list(names), trained)
         self._active, self._frozen = list(names), []
 
     def set_requires_grad(self, adapter_names, requires_grad=True):

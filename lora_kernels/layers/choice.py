@@ -3,8 +3,7 @@
 import math
 import warnings
 
-_MODULE_KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")
-_PARAMETER_KINDS = ("lora_embedding_A", "lora_embedding_B")
+_MAGNITUDES = ("lora_magnitude_vector",)
 
 
 def freeze(parameters, frozen):
@@ -15,8 +14,30 @@ def freeze(parameters, frozen):
             frozen.append(parameter)
 
 
+def choose(layers, names, trained):
+    """Makes ``names`` active and ``trained`` trainable in layers that are not merged; they share the list."""
+    for layer in layers:
+        state = layer.__dict__  # nn.Module's ways to read and set attributes would be most of the cost
+        modules = state["_modules"]
+        kinds = layer._module_kinds
+        for kind in kinds + _MAGNITUDES if True in state["use_dora"].values() else kinds:
+            for name, module in modules[kind].__dict__["_modules"].items():
+                wanted = name in trained
+                for factor in module.__dict__["_parameters"].values():
+                    if factor is not None:
+                        factor.requires_grad = wanted
+        for kind in layer._parameter_kinds:
+            for name, factor in modules[kind].__dict__["_parameters"].items():
+                factor.requires_grad = name in trained
+        state["_active_adapter"] = names
+        layer._reroute()
+
+
 class AdapterChoice:
     """The part of ``LoraLayer`` that chooses among its adapters."""
+
+    _module_kinds = ("lora_A", "lora_B")  # where the factors of this kind of layer are, beside magnitudes
+    _parameter_kinds = ()
 
     def set_adapter(self, adapter_names, inference_mode=False):
         """Makes one adapter (or a list of them) active and trainable, all others inactive and frozen.
@@ -28,23 +49,7 @@ class AdapterChoice:
         if self._merged:
             warnings.warn("set_adapter: the layer is merged; it is unmerged first", stacklevel=2)
             self.unmerge()
-        self._choose(names, () if inference_mode else names)
-
-    def _choose(self, names, trained):
-        """Makes ``names`` active and ``trained`` trainable. Nothing is merged; ``names`` may be shared by layers."""
-        state = self.__dict__  # nn.Module's ways to read and set attributes would be most of the cost
-        modules = state["_modules"]
-        for kind in _MODULE_KINDS:
-            for name, module in modules[kind].__dict__["_modules"].items():
-                wanted = name in trained
-                for factor in module.__dict__["_parameters"].values():
-                    if factor is not None:
-                        factor.requires_grad = wanted
-        for kind in _PARAMETER_KINDS:
-            for name, factor in modules[kind].__dict__["_parameters"].items():
-                factor.requires_grad = name in trained
-        state["_active_adapter"] = names
-        self._reroute()
+        choose((self,), names, () if inference_mode else names)
 
     def set_requires_grad(self, adapter_names, requires_grad=True):
         """Freezes or unfreezes the factors of the adapters named."""
@@ -63,16 +68,17 @@ class AdapterChoice:
 
     def _freeze(self, frozen):
         """Stops the training of all factors; those that trained are appended to ``frozen``."""
-        modules = self.__dict__["_modules"]
-        for kind in _MODULE_KINDS:
+        state = self.__dict__
+        modules = state["_modules"]
+        kinds = self._module_kinds
+        for kind in kinds + _MAGNITUDES if True in state["use_dora"].values() else kinds:
             for module in modules[kind].__dict__["_modules"].values():
                 for factor in module.__dict__["_parameters"].values():
                     if factor is not None and factor.requires_grad:
                         factor.requires_grad = False
                         frozen.append(factor)
-        for kind in _PARAMETER_KINDS:
-            if factors := modules[kind].__dict__["_parameters"]:
-                freeze(factors.values(), frozen)
+        for kind in self._parameter_kinds:
+            freeze(modules[kind].__dict__["_parameters"].values(), frozen)
 
     def enable_adapters(self, enabled):
         """Turns the adapters off (the layer then gives what the base layer alone does) or on again."""

@@ -17,6 +17,8 @@ class LoraEmbedding(LoraLayer):
     """
 
     base_class = nn.Embedding
+    _module_kinds = ()
+    _parameter_kinds = ("lora_embedding_A", "lora_embedding_B")
     inits = ()  # whatever is asked for starts the same way, as in PEFT
     has_dropout = has_bias = False
 

@@ -129,6 +129,8 @@ class LoraLinear(LoraLayer):
     def forward(self, x, *args, **kwargs):
         if self._rows.batch is not None:
             return run_lora(self, self._rows.batch, x, *args, **kwargs)
+        if not (self._terms or args or kwargs):
+            return self._forward_base(x)
         plain = None if args or kwargs else self._plain()
         if plain is None:
             return self._forward_terms(x, *args, **kwargs)
@@ -138,6 +140,16 @@ class LoraLinear(LoraLayer):
                 return y
         weight, bias, a, b, scaling, p = plain
         return _lora_linear(x, weight, bias, a, b, scaling, dropout_p=p)
+
+    def _forward_base(self, x):
+        """No adapter takes part: what the base layer gives, without the cost of calling a module where it is plain."""
+        base = self._modules["base_layer"]
+        if base.__class__ is _Linear and _unhooked(base):
+            parameters = base._parameters
+            weight = parameters.get("weight")
+            if weight is not None:
+                return F.linear(x, weight, parameters["bias"])
+        return base(x)
 
     def _plain(self, single=None):
         """(weight, bias, A, B, scaling, probability of dropout) where one op computes the layer, None where not.
