@@ -15,6 +15,8 @@ import re
 from torch import nn
 
 from ..config import LoraConfig
+from ..layers import LoraLayer
+from ..targeting import pattern_value
 from .checkpoint import CheckpointError
 
 _PREFIX = "base_model.model."
@@ -97,6 +99,22 @@ def to_peft(model, tensors, config=None):
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"the checkpoint does not fit the model: {'; '.join(problems[:8])}{more}")
     return _config(found, modules, config), _tensors(found, modules)
+
+
+def for_adapter(model, tensors, adapter_name):
+    """The tensors as PEFT stores them, for an adapter that ``model`` has: with its scaling, not that of the file.
+
+    B takes along what the two scalings differ by, so that the layers compute what the file says, and go on doing so
+    once the adapter was saved and loaded. Errors are those of :func:`to_peft`.
+    """
+    config, tensors = to_peft(model, tensors)
+    for name, module in model.named_modules():
+        key = f"{_PREFIX}{name}.lora_B.weight"
+        if key in tensors and isinstance(module, LoraLayer) and adapter_name in module.r:
+            alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+            ratio = alpha / pattern_value(config.rank_pattern, name, config.r) / module._own_scaling(adapter_name)
+            tensors[key] = tensors[key] if ratio == 1.0 else (tensors[key].float() * ratio).to(tensors[key].dtype)
+    return tensors
 
 
 def _modules(model):

@@ -12,6 +12,7 @@ from ..names import EMBEDDING_NAMES, below
 from ..parameter_targets import Places
 from ..walk import named_modules, submodule
 from .checkpoint import CheckpointError, check_tensors
+from .layouts import for_adapter, is_foreign
 
 PREFIX = "base_model.model."
 _FSDP = "_fsdp_wrapped_module."  # in the paths of modules, and not in the keys of a state dict
@@ -59,6 +60,8 @@ def set_peft_model_state_dict(
 ):
     """Copies the tensors of an adapter into the model, after all of them were checked.
 
+    Those in the layouts of kohya's scripts and of diffusers too (see :mod:`.layouts`).
+
     Returns:
         ``(missing_keys, unexpected_keys)``; nothing is ever missing.
 
@@ -67,6 +70,9 @@ def set_peft_model_state_dict(
             when there are keys that the model does not know. The model is then unchanged.
     """
     required, optional = adapter_keys(model, adapter_name)
+    if is_foreign(peft_model_state_dict, has_config=not required.keys().isdisjoint(peft_model_state_dict)):
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        peft_model_state_dict = for_adapter(base, peft_model_state_dict, adapter_name)
     optional = {**optional, **_embedding_keys(model, adapter_name, True, warn=False)}
     if not any(name.startswith(PREFIX) for name, _ in model.named_parameters()):
         peft_model_state_dict = {k.removeprefix(PREFIX): v for k, v in peft_model_state_dict.items()}

@@ -155,6 +155,35 @@ def test_foreign_layouts_are_read(tmp_path, layout, saved):
     assert float((model(x).double() - expected(x.double())).norm() / expected(x.double()).norm()) == float(error)
 
 
+# Without a PeftModel around it a pipeline's own keys are those of diffusers, and mean PEFT's.
+SET = [(name, injected) for name in LAYOUTS for injected in (False, True) if not (injected and "diffusers" in name)]
+
+
+@pytest.mark.parametrize(("layout", "injected"), SET)
+def test_foreign_layouts_are_set_in_an_adapter_that_is_there(tmp_path, layout, injected):
+    """With its own scaling: what it computes and saves is what the file says. PEFT sets nothing, without a word."""
+    paths, write, alphas = LAYOUTS[layout]
+    drawn = factors(paths, [3] * len(paths))
+    values = {"r": 3, "lora_alpha": 7, "use_rslora": True, "target_modules": paths, "init_lora_weights": False}
+    config = lk.LoraConfig(**values)
+    model = lk.inject_adapter_in_model(config, pipe()) if injected else lk.get_peft_model(pipe(), config)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="does not fit the model: .*(only|missing)"):
+        lk.set_peft_model_state_dict(model, dict(list(write(drawn).items())[1:]))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    result = lk.set_peft_model_state_dict(model, write(drawn), strict=True)
+    assert result.missing_keys == result.unexpected_keys == []
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(2))
+    expected = applied(pipe().double(), {p: (a.double(), b.double(), s) for p, (a, b, s) in drawn.items()}, alphas)
+    assert (model(x).double() - expected(x.double())).norm() / expected(x.double()).norm() < 64 * 2**-23
+    if not injected:
+        model.save_pretrained(tmp_path)
+        assert torch.equal(lk.PeftModel.from_pretrained(pipe(), tmp_path)(x), model(x))
+        peft = pytest.importorskip("peft")
+        theirs = peft.get_peft_model(pipe(), peft.LoraConfig(**values))
+        assert len(peft.set_peft_model_state_dict(theirs, write(drawn)).unexpected_keys) == len(write(drawn))
+
+
 def test_one_part_of_a_pipeline_takes_its_own_keys():
     drawn = factors(PATHS, (2, 3, 2))
     for write in (kohya, lambda d: dotted(d, ".lora_A.weight", ".lora_B.weight")):
