@@ -18,6 +18,7 @@ from .layers import LoraLinear
 from .model import PeftModel, get_peft_model
 from .ops.dispatch import use_backend
 from .ops.explain import explain
+from .rerank import convert_to_lora, save_as_lora
 from .runtime import AdapterPool
 from .status import get_layer_status, get_model_status
 from .tasks import *  # noqa: F403
@@ -49,6 +50,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "cast_mixed_precision_params",
+    "convert_to_lora",
     "explain",
     "get_base_model_state_dict",
     "get_layer_status",
@@ -61,6 +63,7 @@ __all__ = [
     "peft_compat",
     "prepare_model_for_kbit_training",
     "restore",
+    "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "use_backend",

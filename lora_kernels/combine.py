@@ -206,7 +206,7 @@ def _combine(layer, adapters, weights, recipe):
         a = torch.cat([a * s for (a, _), s in zip(pairs, scales, strict=True)])
         b = torch.cat([b for _, b in pairs], 1)
     elif recipe.kind == "svd" and recipe.svd_clamp is None:
-        a, b = _truncated(*_core(pairs, scales), recipe)
+        a, b = _truncated(*core(pairs, scales), recipe)
     elif recipe.kind in OF_UPDATES:
         own = [layer.scaling[name] for name, _ in mine]
         updates = [(b @ a) * s for (a, b), s in zip(pairs, own, strict=True)]
@@ -229,7 +229,7 @@ def _padded(tensor, rank, dim):
     return tensor if missing == 0 else torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
-def _core(pairs, scales):
+def core(pairs, scales):
     """``left, core, right`` with ``left core right = Σ s B A``: orthonormal sides around a small square.
 
     The singular values of a sum of low-rank updates are those of the core; the (out, in) sum is never built. The

@@ -31,7 +31,7 @@ def get_peft_model(
         model: any module.
         peft_config: a :class:`LoraConfig`. It becomes the one in ``peft_config``, and tells what was found.
         adapter_name: the name of the adapter.
-        mixed: must be False (other adapter types are not implemented).
+        mixed: must be False: adapters of other methods beside LoRA's are not implemented.
         autocast_adapter_dtype: float32 adapters on a half-precision model.
         revision: of the base model, noted in the config.
         low_cpu_mem_usage: adapters on the meta device, to be loaded later.
@@ -43,7 +43,10 @@ def get_peft_model(
         ValueError, TypeError, NotImplementedError: a config that does not fit; the model is unchanged.
     """
     if mixed:
-        raise NotImplementedError("mixed: True (other adapter types) is not implemented in lora_kernels")
+        raise NotImplementedError(
+            "mixed=True (adapters of several methods in one model): not implemented in lora_kernels; `peft` creates "
+            "such a model, which `lora_kernels.accelerate` leaves as it is. For several LoRA adapters leave it out"
+        )
     if not isinstance(peft_config, LoraConfig):
         raise TypeError(f"peft_config: expected a LoraConfig, got {type(peft_config).__name__}")
     if has_adapters(model):

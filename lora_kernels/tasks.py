@@ -43,7 +43,14 @@ def _task_class(task, suffix, names):
     forward.__signature__ = inspect.Signature([*parameters, kinds("kwargs", kinds.VAR_KEYWORD)])
     name = f"PeftModelFor{suffix}"
     body = {"forward": forward, "task_type": task, "__module__": __name__, "__qualname__": name}
+    if task is TaskType.SEQ_2_SEQ_LM:
+        body["generate"] = _generate_by_name
     return type(name, (PeftModel,), {**body, "__doc__": f"A :class:`PeftModel` for the task {task.value}."})
+
+
+def _generate_by_name(self, **kwargs):
+    """The model's own ``generate``, all arguments by name, as in PEFT; ``adapter_names`` as in :meth:`forward`."""
+    return PeftModel.generate(self, **kwargs)
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING = {

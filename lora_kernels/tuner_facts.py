@@ -61,6 +61,11 @@ class TunerFacts:
     tuner_layer_cls = LoraLayer
     target_module_mapping = DEFAULT_TARGETS
 
+    def supports_lora_conversion(self, adapter_name="default"):
+        """Whether :func:`~lora_kernels.convert_to_lora` takes an adapter: only plain updates of linear layers."""
+        layers = [module for module in self.modules() if isinstance(module, LoraLayer)]
+        return all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+
     @staticmethod
     def get_model_config(model):
         """The config of a model as a dict; ``{"model_type": "custom"}`` where it has none."""

@@ -90,6 +90,10 @@ class AdapterChoice:
         self._known(adapter)
         self.scaling[adapter] = scale * self._own_scaling(adapter)
 
+    def supports_lora_conversion(self, adapter_name="default"):
+        """Whether ``convert_to_lora`` takes an adapter of this layer: a plain update of a linear layer."""
+        return False
+
     def scale_layer(self, scale):
         """Multiplies the scaling of the active adapters by ``scale``."""
         for name in self._active_adapter:

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .. import bare, ops
+from ..ops.wide import wide
 from . import dora
 from .base import LoraLayer, factor_keys
 from .mixed import Batch, by_group, run_lora
@@ -126,6 +127,9 @@ class LoraLinear(LoraLayer):
         modules = self._modules
         return modules["lora_A"]._modules[name].weight, modules["lora_B"]._modules[name].weight
 
+    def supports_lora_conversion(self, adapter_name="default"):
+        return not self.use_dora.get(adapter_name, False)
+
     def forward(self, x, *args, **kwargs):
         if self._rows.batch is not None:
             return run_lora(self, self._rows.batch, x, *args, **kwargs)
@@ -234,9 +238,9 @@ class LoraLinear(LoraLayer):
 
     def _forward_dora(self, x, name, weight, bias, a, b, scaling):
         """One DoRA adapter over a plain layer: base product and update in one op, then the rows' factors."""
-        z = _lora_linear(x, weight, None, a, b, scaling)
-        y = z * dora.row_factors(self, name)
-        return (y if bias is None else y + bias).to(z.dtype)
+        z, c = _lora_linear(x, weight, bias, a, b, scaling), dora.row_factors(self, name)
+        # c · (z - bias) + bias; where nothing is trained yet c is 1, and this z bit for bit
+        return (z * c if bias is None else z + (wide(z) - bias) * (c - 1)).to(z.dtype)
 
     def update_rows(self, name, x, y):
         dropout = self.lora_dropout[name]

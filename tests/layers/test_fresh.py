@@ -37,12 +37,12 @@ def test_outputs_are_those_of_the_base_model(dtype, dropout):
                 assert torch.equal(ours(x), y), shape
 
 
-@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d])
 @pytest.mark.parametrize("bias", [True, False])
-def test_untrained_dora_of_a_convolution_gives_the_bits_of_the_base(kind, bias):
+def test_untrained_dora_gives_the_bits_of_the_base(kind, bias):
     torch.manual_seed(1)
-    base = nn.Sequential(kind(6, 8, 3, bias=bias))
-    x = torch.randn(2, 6, *[5] * (base[0].weight.dim() - 2))
+    base = nn.Sequential(nn.Linear(600, 700, bias=bias) if kind is nn.Linear else kind(6, 8, 3, bias=bias))
+    x = torch.randn(9, 600) if kind is nn.Linear else torch.randn(2, 6, *[5] * (base[0].weight.dim() - 2))
     for package in (peft, lk):
         config = package.LoraConfig(target_modules=["0"], use_dora=True)
         assert torch.equal(package.get_peft_model(copy.deepcopy(base), config)(x), base(x))

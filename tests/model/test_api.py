@@ -55,6 +55,7 @@ SIGNATURES = [
     "LoraModel.add_weighted_adapter",
     "PeftModelForCausalLM.forward",
     "PeftModelForSeq2SeqLM.forward",
+    "PeftModelForSeq2SeqLM.generate",
     "PeftModelForSequenceClassification.forward",
     "PeftModelForTokenClassification.forward",
     "PeftModelForQuestionAnswering.forward",
