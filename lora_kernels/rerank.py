@@ -88,9 +88,8 @@ def _layers(model, adapter_name):
     loras = (m for m in layers.values() if isinstance(m, LoraLayer))
     unsupported = {*map(type, tokens), *(type(m) for m in loras if not m.supports_lora_conversion(adapter_name))}
     if unsupported:
-        raise TypeError(
-            f"Some module types on this model do not support LoRA conversion: {', '.join(sorted(map(repr, unsupported)))}."
-        )
+        kinds = ", ".join(sorted(map(repr, unsupported)))
+        raise TypeError(f"Some module types on this model do not support LoRA conversion: {kinds}.")
     return layers
 
 

@@ -168,7 +168,7 @@ def test_foreign_layouts_are_set_in_an_adapter_that_is_there(tmp_path, layout, i
     config = lk.LoraConfig(**values)
     model = lk.inject_adapter_in_model(config, pipe()) if injected else lk.get_peft_model(pipe(), config)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match="does not fit the model: .*(only|missing)"):
+    with pytest.raises(CheckpointError, match=r"does not fit the model: .*(only|missing)"):
         lk.set_peft_model_state_dict(model, dict(list(write(drawn).items())[1:]))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     result = lk.set_peft_model_state_dict(model, write(drawn), strict=True)
