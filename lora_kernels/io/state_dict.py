@@ -1,5 +1,6 @@
 """The tensors of one adapter by their names in a checkpoint, out of a model and into it."""
 
+import contextlib
 import re
 import warnings
 from collections import namedtuple
@@ -160,13 +161,13 @@ def _embedding_keys(model, adapter_name, wanted, warn=True):
         elif not wanted and _vocabulary_changed(model, config):
             warnings.warn("the vocabulary was resized: the base weights of the embeddings are saved too", stacklevel=3)
             wanted = True
-    if wanted and warn and not hasattr(model, "get_input_embeddings"):
+    layers = _embedding_layers(model) if wanted else None
+    if wanted and warn and layers is None:
         warnings.warn(
             "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.", stacklevel=3
         )
-    if not wanted or not hasattr(model, "get_input_embeddings"):
+    if layers is None:
         return {}
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     layers = [layer for layer in layers if layer is not None and (not targeted or isinstance(layer, LoraLayer))]
     bases = [layer if isinstance(layer, ModulesToSaveWrapper) else below(layer) for layer in layers]
     keys = {}
@@ -174,6 +175,17 @@ def _embedding_keys(model, adapter_name, wanted, warn=True):
         if any(module is base for base in bases):
             keys.update({f"{path}.{name}": f"{path}.{name}" for name in module.state_dict()})
     return keys
+
+
+def _embedding_layers(model):
+    """The embeddings that a model names, input and output; None where it is not one of transformers."""
+    if not hasattr(model, "get_input_embeddings"):
+        return None
+    layers = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(NotImplementedError):  # vision models have none to name
+            layers.append(getattr(model, name)())
+    return layers
 
 
 def _targets_embeddings(model, config):

@@ -310,3 +310,26 @@ def test_the_smallest_config(tmp_path):
     read = lk.PeftModel.from_pretrained(fresh("linear", torch.float32), tmp_path)
     theirs = peft.PeftModel.from_pretrained(fresh("linear", torch.float32), tmp_path)
     within_budget(*(output(m, "linear", torch.float32) for m in (read, theirs)), theirs, "linear")
+
+
+def test_a_vision_model_that_names_no_embeddings(tmp_path):
+    """transformers' ``get_input_embeddings`` of a convolutional network raises."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 3}
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+    def base():
+        torch.manual_seed(0)
+        return transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes)).eval()
+
+    with pytest.raises(NotImplementedError):
+        base().get_input_embeddings()
+    values = {"target_modules": ["convolution"], "modules_to_save": ["classifier", "normalization"], "r": 2}
+    for package, other in ((lk, peft), (peft, lk)):
+        made = package.get_peft_model(base(), package.LoraConfig(**values, init_lora_weights=False)).eval()
+        made.save_pretrained(tmp_path / package.__name__)
+        loaded = other.PeftModel.from_pretrained(base(), tmp_path / package.__name__).eval()
+        torch.testing.assert_close(loaded(x).logits, made(x).logits, rtol=1e-4, atol=1e-4)
+        again = package.get_peft_model(base(), package.LoraConfig(**values)).eval()
+        package.set_peft_model_state_dict(again, package.get_peft_model_state_dict(made))
+        torch.testing.assert_close(again(x).logits, made(x).logits)
