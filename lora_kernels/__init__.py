@@ -15,6 +15,7 @@ from .functional import inject_adapter_in_model
 from .integrations import accelerate, restore
 from .io.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from .layers import LoraLinear
+from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, get_peft_config
 from .model import PeftModel, get_peft_model
 from .ops.dispatch import use_backend
 from .ops.explain import explain
@@ -41,6 +42,8 @@ __all__ = [
     "LoraModel",
     "LoraRuntimeConfig",
     "NoMatchingPeftModuleError",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "PeftConfig",
     "PeftError",
     "PeftModel",
@@ -55,6 +58,7 @@ __all__ = [
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",

@@ -182,7 +182,11 @@ class LoraConfig:
             warnings.warn(f"{', '.join(inert)}: without effect here, kept as given", stacklevel=4)
         runtime = self.runtime_config
         if runtime is not None and getattr(runtime, "ephemeral_gpu_offload", False):
-            raise NotImplementedError("runtime_config: ephemeral_gpu_offload=True is not implemented in lora_kernels")
+            warnings.warn(
+                "runtime_config: ephemeral_gpu_offload=True changes nothing here: the norms of DoRA are computed where "
+                "the weights are, without a matrix of their size",
+                stacklevel=4,
+            )
 
     def _check_layers(self):
         indices = self.layers_to_transform

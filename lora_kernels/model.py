@@ -72,6 +72,8 @@ class PeftModel(StoredModel, HubModel, nn.Module):
     adapters) and of the model.
     """
 
+    special_peft_forward_args = frozenset({"adapter_names"})  # what is not the model's own
+
     def __init__(
         self, model, peft_config, adapter_name="default", autocast_adapter_dtype=True, low_cpu_mem_usage=False
     ):

@@ -54,24 +54,35 @@ def cast_mixed_precision_params(model, dtype):
         parameter.data = parameter.to(torch.float32 if parameter.requires_grad else dtype)
 
 
+_PACKING = ("gptq", "aqlm", "eetq", "torchao", "hqq")
+
+
 def prepare_model_for_kbit_training(
     model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None, auto_clear_cache=True
 ):
-    """Freezes a quantised model, keeps what is not quantised in float32 and turns on gradient checkpointing.
+    """Freezes a model; a quantised one trains with gradient checkpointing, and what it has in half precision is cast.
 
-    ``auto_clear_cache``: give back the accelerator memory that the casts left.
+    Args:
+        model: changed in place, and returned. Half-precision parameters become float32, but for bitsandbytes' 4-bit
+            ones and where a method that packs the weights itself (GPTQ, AQLM, EETQ, HQQ, torchao) made the model.
+        use_gradient_checkpointing: for a quantised model; any other is left as it is.
+        gradient_checkpointing_kwargs: for ``gradient_checkpointing_enable``.
+        auto_clear_cache: give back the accelerator memory that the casts left.
     """
+    packed = getattr(model, "quantization_method", None) in _PACKING or getattr(model, "hqq_quantized", False)
+    quantised = packed or getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-        if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
+        half = parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit"
+        if half and not packed:
             parameter.data = parameter.data.float()
     if auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if use_gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
-        if hasattr(model, "enable_input_require_grads"):
+    options = gradient_checkpointing_kwargs or {}
+    if quantised and use_gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
+        if options.get("use_reentrant", True) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
-        options = {"gradient_checkpointing_kwargs": gradient_checkpointing_kwargs}
-        model.gradient_checkpointing_enable(**(options if gradient_checkpointing_kwargs else {}))
+        model.gradient_checkpointing_enable(**({"gradient_checkpointing_kwargs": options} if options else {}))
     return model
 
 

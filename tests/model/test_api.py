@@ -24,14 +24,17 @@ NAMES = {
     "get_model_status PeftError NoMatchingPeftModuleError PeftWarning cast_mixed_precision_params AutoPeftModel "
     "AutoPeftModelForCausalLM PeftModelForCausalLM PeftModelForSequenceClassification PeftModelForFeatureExtraction "
     "PeftModelForTokenClassification PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
-    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
-    ".tuners.lora": "LoraLayer LoraModel LoraConfig Linear Embedding",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_TUNER_MAPPING get_peft_config "
+    "convert_to_lora save_as_lora",
+    ".tuners.lora": "LoraLayer LoraModel LoraConfig Linear Embedding convert_to_lora",
     ".tuners.lora.layer": "LoraLayer Linear Embedding",
     ".tuners.tuners_utils": "BaseTuner BaseTunerLayer",
     ".utils": "infer_device ModulesToSaveWrapper get_peft_model_state_dict SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME",
     ".utils.hotswap": "hotswap_adapter prepare_model_for_compiled_hotswap hotswap_adapter_from_state_dict",
     ".utils.save_and_load": "load_peft_weights set_peft_model_state_dict",
-    ".helpers": "check_if_peft_model rescale_adapter_scale disable_input_dtype_casting",
+    ".helpers": "check_if_peft_model rescale_adapter_scale disable_input_dtype_casting update_forward_signature "
+    "update_generate_signature update_signature",
+    ".optimizers": "create_loraplus_optimizer",
     ".functional": "set_adapter delete_adapter set_requires_grad cast_adapter_dtype inject_adapter_in_model",
     ".peft_model": "get_layer_status get_model_status PeftModel TunerLayerStatus TunerModelStatus",
 }
