@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 
-from .layers import LoraLayer
+from .layers import LoraLayer, TrainableTokensLayer
 from .targeting import DEFAULT_TARGETS, is_target
 
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
@@ -64,7 +64,8 @@ class TunerFacts:
     def supports_lora_conversion(self, adapter_name="default"):
         """Whether :func:`~lora_kernels.convert_to_lora` takes an adapter: only plain updates of linear layers."""
         layers = [module for module in self.modules() if isinstance(module, LoraLayer)]
-        return all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+        tokens = any(isinstance(module, TrainableTokensLayer) for module in self.modules())
+        return not tokens and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
     @staticmethod
     def get_model_config(model):

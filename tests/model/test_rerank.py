@@ -117,6 +117,7 @@ def test_errors_are_those_of_peft(change, rank, error, message):
         model = package.get_peft_model(Model(**more), config)
         with pytest.raises(error, match=message):
             package.convert_to_lora(model, rank)
+        assert model.supports_lora_conversion() is (error is ValueError)
         with pytest.raises(TypeError, match="Could not detect any layer that supports LoRA conversion"):
             package.convert_to_lora(Model(), 2)
 
