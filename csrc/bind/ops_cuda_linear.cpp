@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda_decode.h"
 #include "cuda_tensor.h"
 #include "lora_kernels/cuda_linear.h"
 #include "lora_kernels/cuda_tile.h"
@@ -59,12 +60,7 @@ CudaPlan plan_of(const Tensor& row_order, const Tensor& segment_starts, const Ma
 }
 
 CudaTile choose(const Tensor& x, int64_t n, int64_t k, int64_t r, bool invariant) {
-#if defined(LK_EMULATE)
-  const int device = 0;
-#else
-  const int device = x.get_device_index();
-#endif
-  return cuda_tile(x.size(0), n, k, r, lk_cuda_multiprocessors(device), invariant);
+  return cuda_tile(x.size(0), n, k, r, multiprocessors(x), invariant);
 }
 
 void run(const char* op, const CudaShrink& shrink, const Tensor& x, DType type) {
@@ -77,6 +73,14 @@ void run(const char* op, const CudaLinear& linear, const Tensor& x, DType type,
   on_stream(op, x, [&](int device, void* stream) {
     return lk_cuda_linear(&linear, type, tile.rows, device, stream);
   });
+}
+
+// h, then the product with it.
+void run(const char* op, const CudaShrink& shrink, const CudaLinear& linear, const Tensor& x,
+         DType type, const CudaTile& tile, bool invariant) {
+  if (run_decode(op, shrink, linear, x, type, invariant)) return;
+  run(op, shrink, x, type);
+  run(op, linear, x, type, tile);
 }
 
 void set_bias(CudaLinear& linear, const MaybeTensor& bias, const Tensor& x) {
@@ -149,8 +153,7 @@ void one_adapter(const char* op, Tensor& y, const char* y_name, const Tensor& x,
   set_out(linear, y, y_name, x);
   Tensor h = new_h(x, r, splits);
   set_h(linear, h, splits);
-  run(op, shrink_of(x, matrix(lora_a), r, h, splits), x, type);
-  run(op, linear, x, type, tile);
+  run(op, shrink_of(x, matrix(lora_a), r, h, splits), linear, x, type, tile, invariant);
 }
 
 Tensor lora_linear(Tensor x, Tensor weight, MaybeTensor bias, Tensor lora_a, Tensor lora_b,
@@ -269,8 +272,8 @@ Tensor multi_lora_linear(Tensor x, Tensor weight, MaybeTensor bias, Tensor a_ban
   set_bias(linear, bias, x);
   set_out(linear, y, "y", x);
   set_h(linear, h, tile.splits);
-  run("multi_lora_linear", bank_shrink(x, a_bank, h, tile.splits, plan), x, type);
-  run("multi_lora_linear", linear, x, type, tile);
+  run("multi_lora_linear", bank_shrink(x, a_bank, h, tile.splits, plan), linear, x, type, tile,
+      invariant);
   return y;
 }
 

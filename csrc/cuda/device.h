@@ -67,6 +67,15 @@ __device__ __forceinline__ void async_copy_16(void* to, const void* from, int by
                "r"(bytes)
                : "memory");
 }
+// The same for what this grid reads once: the first to leave L2, fetched in whole lines.
+__device__ __forceinline__ void async_stream_16(void* to, const void* from, int bytes) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "l"(policy)
+               : "memory");
+}
 __device__ __forceinline__ void async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

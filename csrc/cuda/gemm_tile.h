@@ -1,7 +1,8 @@
 // A tile of a product on tensor cores: copies into shared memory, and a step of the sum over it.
 //
-// Three stages of 32 along the sum. Rows of the left operand are 64 bytes; the right operand comes
-// as it lies in memory, (columns, sum) or, kTurned, (sum, columns), and ldmatrix turns it.
+// Three stages of 32 along the sum, or what the kernel asks for. Rows of the left operand are 64
+// bytes; the right operand comes as it lies in memory, (columns, sum) or, kTurned, (sum, columns),
+// and ldmatrix turns it.
 #pragma once
 
 #include "device.h"
@@ -9,7 +10,7 @@
 
 namespace lora_kernels {
 
-constexpr int kDepth = 32, kStages = 3;
+constexpr int kDepth = 32;
 
 // A matrix in device memory; strides count elements. `aligned`: rows are adjacent elements, and
 // every eighth of them is at 16 bytes.
@@ -19,14 +20,21 @@ struct CudaOperand {
   bool aligned;
 };
 
-// Eight elements of a row into shared memory, those from `live` on as zeros.
-template <class T>
+// Eight elements of a row into shared memory, those from `live` on as zeros. kOnce: no other block
+// will read them.
+template <class T, bool kOnce = false>
 __device__ __forceinline__ void copy_run(uint8_t* to, const CudaOperand& from, int64_t offset,
                                          int live) {
   const T* const p = static_cast<const T*>(from.data);
   if (from.aligned) {
     live = live < 0 ? 0 : live > 8 ? 8 : live;
-    device::async_copy_16(to, live > 0 ? p + offset : p, live * static_cast<int>(sizeof(T)));
+    const T* const at = live > 0 ? p + offset : p;
+    const int bytes = live * static_cast<int>(sizeof(T));
+    if constexpr (kOnce) {
+      device::async_stream_16(to, at, bytes);
+    } else {
+      device::async_copy_16(to, at, bytes);
+    }
     return;
   }
   // Rolled up: this is the way of odd sizes and strides, and it is inlined often.
@@ -36,11 +44,13 @@ __device__ __forceinline__ void copy_run(uint8_t* to, const CudaOperand& from, i
   }
 }
 
-template <class Element, int kTileRows, int kTileCols, int kWarpsM, int kWarpsN, bool kTurn>
+template <class Element, int kTileRows, int kTileCols, int kWarpsM, int kWarpsN, bool kTurn,
+          int kStageCount = 3>
 struct GemmTile {
   using T = Element;
   static constexpr int kRows = kTileRows, kCols = kTileCols, kThreads = 32 * kWarpsM * kWarpsN;
   static constexpr bool kTurned = kTurn;
+  static constexpr int kStages = kStageCount;
   static constexpr int kResident = kRows == 128 ? 1 : 4;  // on a multiprocessor, at least
   static constexpr int kMs = kRows / kWarpsM / 16, kNs = kCols / kWarpsN / 8;
   static_assert(kMs > 0 && kNs % 2 == 0, "a warp has 16 rows and 16 columns at least");
@@ -62,6 +72,7 @@ struct GemmTile {
   }
 
   // The left operand's runs: offset[round] is that of the row, or -1 where there is none.
+  template <bool kOnce = false>
   static __device__ void copy_left(uint8_t* stage, const CudaOperand& from,
                                    const int64_t (&offset)[kLeftRounds], int64_t at, int64_t end) {
 #pragma unroll
@@ -70,8 +81,8 @@ struct GemmTile {
       const int row = left_run(i) / 4, run = left_run(i) % 4;
       const int64_t k = at + run * 8;
       const int64_t left = offset[i] < 0 ? 0 : end - k;
-      copy_run<T>(stage + maps::tile_offset<4>(row, run), from, offset[i] + k * from.col,
-                  static_cast<int>(left < 8 ? left : 8));
+      copy_run<T, kOnce>(stage + maps::tile_offset<4>(row, run), from, offset[i] + k * from.col,
+                         static_cast<int>(left < 8 ? left : 8));
     }
   }
 

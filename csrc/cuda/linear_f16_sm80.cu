@@ -1,22 +1,6 @@
 // The linear kernels for float16, and the launchers: see linear_sm80.h.
 #include "linear_dtype.h"
-
-namespace lora_kernels {
-namespace {
-
-template <class Launch>
-const char* on_device(int device, const Launch& launch) {
-  // This library's own runtime (linked statically) may not have met the thread yet.
-  cudaError_t error = cudaSetDevice(device);
-  if (error == cudaSuccess) {
-    launch();
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-}  // namespace
-}  // namespace lora_kernels
+#include "on_device.h"
 
 using namespace lora_kernels;
 

@@ -179,6 +179,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   const CudaShrink& args = job.args;
   const CudaPlan& plan = args.plan;
   uint8_t* const shared = device::dynamic_shared();
+  if (args.cleared != nullptr && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0) {
+    for (int i = static_cast<int>(threadIdx.x); i < args.num_cleared; i += Tile::kThreads) {
+      args.cleared[i] = 0;
+    }
+  }
   const int split = blockIdx.y % args.splits;
   const int64_t col0 = static_cast<int64_t>(blockIdx.y / args.splits) * Tile::kCols;
   const bool by_slot = plan.row_order != nullptr;

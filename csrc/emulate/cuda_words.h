@@ -29,6 +29,8 @@ using dim3 = lora_kernels_emulate::Dim3;
 inline unsigned __float_as_uint(float x) { return lora_kernels::float_bits(x); }
 inline float __uint_as_float(unsigned bits) { return lora_kernels::bits_float(bits); }
 inline void __stwb(uint4* p, uint4 v) { *p = v; }
+inline float __ldcg(const float* p) { return *p; }
+inline void __threadfence() {}
 // The compiler is told to contract nothing.
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }

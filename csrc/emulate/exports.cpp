@@ -57,6 +57,10 @@ int lk_tile_offset(int runs, int row, int run) {
   return runs == 8 ? maps::tile_offset<8>(row, run) : maps::tile_offset<16>(row, run);
 }
 
+int lk_decode_parts(int64_t m, int64_t n, int64_t k, int sms, bool invariant) {
+  return cuda_decode_parts(m, n, k, sms, invariant);
+}
+
 void lk_tile_at(int64_t index, int rows, int cols, int* out) {
   const maps::TileAt at = maps::tile_at(index, rows, cols);
   out[0] = at.row;

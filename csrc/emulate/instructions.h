@@ -22,6 +22,10 @@ using lora_kernels_emulate::async_commit;
 using lora_kernels_emulate::async_copy_16;
 using lora_kernels_emulate::dynamic_shared;
 
+inline void async_stream_16(void* to, const void* from, int bytes) {
+  async_copy_16(to, from, bytes);
+}
+
 template <int kLeft>
 void async_wait() {
   lora_kernels_emulate::async_wait(kLeft);

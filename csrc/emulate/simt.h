@@ -2,11 +2,12 @@
 //
 // A thread of a block is a fiber that runs until it waits, for a barrier or for the other lanes of
 // its warp in a warp-wide instruction; so one warp runs as far ahead of another as the barriers
-// allow, in an order that `seed` shuffles. Shared memory starts as NaN. cp.async lands at the last
-// moment allowed, in the wait, or (`early`) at once: a kernel that is right is right under both.
-// Shared memory that goes through the functions of device.h is watched in pieces of 16 bytes: what
-// one thread wrote may not be read or written by another before a barrier, and what one thread read
-// may not be written by another. A fault ends the launch with a message.
+// allow, in an order that `seed` shuffles, as it does the blocks. Shared memory starts as NaN.
+// cp.async lands at the last moment allowed, in the wait, or (`early`) at once: a kernel that is
+// right is right under both. Shared memory that goes through the functions of device.h is watched
+// in pieces of 16 bytes: what one thread wrote may not be read or written by another before a
+// barrier, and what one thread read may not be written by another. A fault ends the launch with a
+// message.
 #pragma once
 
 #include <setjmp.h>
@@ -270,35 +271,34 @@ void launch(Dim3 grid, unsigned threads, size_t shared, const Body& body) {
   if (stacks.size() < threads) stacks.resize(threads, std::vector<uint8_t>(kStack));
   std::vector<unsigned> order(threads);
   uint64_t state = settings.seed;
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        Block b;
-        block = &b;
-        b.body = body;
-        b.index = {x, y, z};
-        b.grid = grid;
-        b.size = {threads, 1, 1};
-        b.live = threads;
-        b.fibers.resize(threads);
-        b.warps.resize((threads + 31) / 32);
-        b.shared.resize(shared + 16);
-        // vector memory is aligned to 16 bytes; all ones is a NaN in every format.
-        std::memset(b.shared.data(), 0xff, b.shared.size());
-        b.shared.resize(shared);
-        for (unsigned i = 0; i < threads; ++i) {
-          order[i] = i;
-          prepare(b.fibers[i], i);
-        }
-        for (unsigned i = threads; settings.seed != 0 && i > 1; --i) {
-          state = state * 6364136223846793005u + 1442695040888963407u;
-          std::swap(order[i - 1], order[(state >> 33) % i]);
-        }
-        run_block(order);
-        block = nullptr;
-        if (!fault.empty()) return;
-      }
+  const auto shuffle = [&](std::vector<unsigned>& list) {
+    for (unsigned i = 0; i < list.size(); ++i) list[i] = i;
+    for (size_t i = list.size(); settings.seed != 0 && i > 1; --i) {
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      std::swap(list[i - 1], list[(state >> 33) % i]);
     }
+  };
+  std::vector<unsigned> blocks(size_t{grid.x} * grid.y * grid.z);
+  shuffle(blocks);
+  for (unsigned at : blocks) {
+    Block b;
+    block = &b;
+    b.body = body;
+    b.index = {at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y};
+    b.grid = grid;
+    b.size = {threads, 1, 1};
+    b.live = threads;
+    b.fibers.resize(threads);
+    b.warps.resize((threads + 31) / 32);
+    b.shared.resize(shared + 16);
+    // vector memory is aligned to 16 bytes; all ones is a NaN in every format.
+    std::memset(b.shared.data(), 0xff, b.shared.size());
+    b.shared.resize(shared);
+    for (unsigned i = 0; i < threads; ++i) prepare(b.fibers[i], i);
+    shuffle(order);
+    run_block(order);
+    block = nullptr;
+    if (!fault.empty()) return;
   }
 }
 

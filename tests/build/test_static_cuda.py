@@ -42,18 +42,29 @@ def test_the_merge_reads_and_writes_its_four_strips_sixteen_bytes_at_a_time(reco
 
 @compiled
 def test_the_linear_kernels_use_tensor_cores_and_asynchronous_copies(records):
-    found = [r for r in records if r["source"].startswith("linear_")]
-    assert {r["kernel"].split("<")[0] for r in found} == {"linear_kernel", "shrink_kernel"}
+    found = [r for r in records if r["source"].startswith(("linear_", "decode_"))]
+    assert {r["kernel"].split("<")[0] for r in found} == {"linear_kernel", "shrink_kernel", "decode_kernel"}
     for record in found:
         # A step of 32: two of 16, each with the products of a warp's 16 x 8 pieces. Several slots have it twice.
-        sizes = re.search(r"GemmTile<\w+, (\d+), (\d+), (\d+), (\d+), (?:false|true)>(, true)?", record["kernel"])
+        sizes = re.search(r"GemmTile<\w+, (\d+), (\d+), (\d+), (\d+), (?:false|true), \d+>(, true)?", record["kernel"])
+        twice = sizes[5] and not record["kernel"].startswith("decode_")
         rows, cols, high, wide = map(int, sizes.groups()[:4])
-        products = 2 * (rows // high // 16) * (cols // wide // 8) * (2 if sizes[5] else 1)
+        products = 2 * (rows // high // 16) * (cols // wide // 8) * (2 if twice else 1)
         assert record["counts"]["mma"] >= products, record
         assert record["counts"]["ldmatrix"] > 0, record
         assert record["counts"]["async_copy"] > 0, record
         # Beside 48 KiB that the launch asks for there is room for nothing else.
         assert record["shared"] == 0 or rows < 128, record
+
+
+@compiled
+def test_the_kernel_for_few_rows_streams_the_weight(records):
+    """Four blocks a multiprocessor; what they read once is the first to leave L2."""
+    found = [r for r in records if r["source"] == "decode_sm80.cu"]
+    assert len(found) == 12 * len(static_cuda.ARCHS)
+    for record in found:
+        assert record["registers"] <= 128, record
+        assert record["counts"]["stream"] > 0, record
 
 
 def test_the_written_table_names_the_kernels_of_today():

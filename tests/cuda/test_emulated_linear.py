@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from emulated_cases import cuda, exact_multi, multi_case
 
-from lora_kernels.ops import library as ops
 from lora_kernels.ops import plan_batch
 from lora_kernels.ops.linear.reference import KERNELS as LINEAR
 from lora_kernels.ops.multi.reference import KERNELS as MULTI
@@ -12,17 +12,12 @@ from lora_kernels.testing import (
     eager_lora_linear,
     exact_lora_linear,
     make_linear,
-    make_multi,
 )
 
 pytestmark = pytest.mark.usefixtures("library")
 F16, BF16 = torch.float16, torch.bfloat16
 # M, K, N, R: one row; every tail odd; several tiles of each kind, aligned and not; a rank beyond a step; K in parts.
 SHAPES = [(1, 1, 1, 1), (3, 70, 50, 5), (33, 64, 130, 16), (150, 96, 200, 33), (140, 40, 264, 8), (2, 1100, 40, 70)]
-
-
-def _cuda(name, *args):
-    return ops.cuda_op(name)(*args)
 
 
 def _case(shape, dtype, seed=0):
@@ -33,9 +28,9 @@ def _case(shape, dtype, seed=0):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear(shape, dtype):
     case = _case(shape, dtype)
-    for bias in (case.bias, None):
+    for bias, invariant in ((case.bias, False), (None, False), (None, True)):
         args = (case.x, case.weight, bias, case.lora_a, case.lora_b, case.scaling)
-        ours = _cuda("lora_linear", *args, None, False)
+        ours = cuda("lora_linear", *args, None, invariant)
         assert_within_budget(ours, eager_lora_linear(*args), exact_lora_linear(*args), f"{shape}")
 
 
@@ -44,7 +39,7 @@ def test_the_update_alone(dtype):
     """A base of zeros hides no error of the update."""
     case = _case((70, 130, 72, 24), dtype)
     args = (case.x, torch.zeros_like(case.weight), None, case.lora_a, case.lora_b, case.scaling)
-    ours = _cuda("lora_linear", *args, None, False)
+    ours = cuda("lora_linear", *args, None, False)
     assert_within_budget(ours, eager_lora_linear(*args), exact_lora_linear(*args))
 
 
@@ -53,29 +48,29 @@ def test_any_order_of_the_threads_gives_the_same_bits(library):
     found = []
     for seed, early in ((0, True), (0, False), (3, True), (9, False)):
         library.lk_emulate_settings(seed, early)
-        found.append(_cuda("lora_linear", *case.args(), None, False))
+        found.append(cuda("lora_linear", *case.args(), None, False))
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def test_rows_have_the_same_bits_in_any_batch():
     """The tile does not matter to a sum; with batch_invariant nor does the number of rows."""
     case = _case((150, 1100, 200, 20), BF16)
-    whole = _cuda("lora_linear", *case.args(), None, True)
+    whole = cuda("lora_linear", *case.args(), None, True)
     for rows in (slice(0, 1), slice(7, 40), slice(20, 150)):
-        part = _cuda("lora_linear", case.x[rows], *case.args()[1:], None, True)
+        part = cuda("lora_linear", case.x[rows], *case.args()[1:], None, True)
         assert torch.equal(part, whole[rows])
 
 
 def test_strides_and_out():
     case = _case((20, 48, 40, 8), BF16)
-    expected = _cuda("lora_linear", *case.args(), None, False)
+    expected = cuda("lora_linear", *case.args(), None, False)
     apart = lambda t: t.t().contiguous().t()  # noqa: E731
     odd = lambda t: torch.cat([t, torch.full_like(t, torch.nan)[:, :3]], 1)[:, : t.shape[1]]  # noqa: E731
     for turn in (apart, odd):
         args = (turn(case.x), turn(case.weight), case.bias, turn(case.lora_a), turn(case.lora_b), case.scaling)
-        assert torch.equal(_cuda("lora_linear", *args, None, False), expected)
+        assert torch.equal(cuda("lora_linear", *args, None, False), expected)
     room = torch.full((20, 90), torch.nan, dtype=BF16)
-    _cuda("lora_linear_out", room[:, 3:83:2], *case.args(), None, False)
+    cuda("lora_linear_out", room[:, 3:83:2], *case.args(), None, False)
     assert torch.equal(room[:, 3:83:2], expected)
     room[:, 3:83:2] = torch.nan
     assert room.isnan().all()
@@ -88,7 +83,7 @@ def test_add(shape, dtype):
     y = torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(1)).to(dtype)
     ours, eager = y.clone(), y.clone()
     terms = (case.x, case.lora_a, case.lora_b, case.scaling, False)
-    _cuda("lora_add_", ours, *terms)
+    cuda("lora_add_", ours, *terms)
     LINEAR["lora_add_"](eager, *terms)
     exact = y.double() + case.scaling.double() * (case.x.double() @ case.lora_a.double().t() @ case.lora_b.double().t())
     assert_within_budget(ours, eager, exact)
@@ -102,7 +97,7 @@ def test_gradient_of_x(shape, dtype):
     for weight in (case.weight, None):
         args = (dy, case.x, weight, case.lora_a, case.lora_b, case.scaling)
         rest = (torch.empty(0), torch.empty(0, dtype=torch.uint8), 0.0, None, True, False, False, False)
-        ours, da, db = _cuda("lora_linear_backward", *args, *rest)
+        ours, da, db = cuda("lora_linear_backward", *args, *rest)
         exact = case.scaling.double() * (dy.double() @ case.lora_b.double() @ case.lora_a.double())
         eager = (dy @ case.lora_b @ case.lora_a) * case.scaling.to(dtype)
         if weight is not None:
@@ -111,42 +106,24 @@ def test_gradient_of_x(shape, dtype):
         assert da.numel() == db.numel() == 0
 
 
-def _multi(shape, slots, dtype, seed=0):
-    case = make_multi(*shape, slots, dtype, seed=seed)
-    plan = plan_batch(case.token_slots, case.slot_ranks, num_slots=slots)
-    return case, (plan.slot_ranks, plan.row_order, plan.segment_starts)
-
-
-def _exact_multi(case, low_rank_only=False):
-    y = torch.zeros(case.x.shape[0], case.weight.shape[0], dtype=torch.float64)
-    if not low_rank_only:
-        y += case.x.double() @ case.weight.double().t() + (case.bias.double() if case.bias is not None else 0)
-    for row, slot in enumerate(case.token_slots.tolist()):
-        if slot >= 0:
-            rank = case.slot_ranks[slot]
-            h = case.x[row].double() @ case.a_bank[slot, :rank].double().t()
-            y[row] += case.slot_scalings[slot].double() * (h @ case.b_bank[slot, :, :rank].double().t())
-    return y
-
-
 @pytest.mark.parametrize("dtype", [F16, BF16])
 @pytest.mark.parametrize(("shape", "slots"), [((1, 40, 30, 4), 1), ((90, 72, 100, 16), 5), ((150, 56, 136, 35), 40)])
 def test_several_adapters(shape, slots, dtype):
-    case, plan = _multi(shape, slots, dtype)
+    case, plan = multi_case(shape, slots, dtype)
     args = (case.x, case.weight, case.bias, case.a_bank, case.b_bank, case.slot_scalings, *plan, None, False)
-    ours, eager = _cuda("multi_lora_linear", *args), MULTI["multi_lora_linear"](*args)
-    assert_within_budget(ours, eager, _exact_multi(case))
+    ours, eager = cuda("multi_lora_linear", *args), MULTI["multi_lora_linear"](*args)
+    assert_within_budget(ours, eager, exact_multi(case))
 
 
 def test_what_is_not_finite_in_an_adapter_stays_in_its_rows():
-    case, plan = _multi((90, 72, 100, 16), 5, BF16)
+    case, plan = multi_case((90, 72, 100, 16), 5, BF16)
     args = (case.x, case.weight, case.bias, case.a_bank, case.b_bank, case.slot_scalings, *plan, None, False)
-    clean = _cuda("multi_lora_linear", *args)
+    clean = cuda("multi_lora_linear", *args)
     for bank in (case.a_bank, case.b_bank):
         kept = bank[2].clone()
         for value in (torch.inf, torch.nan):
             bank[2] = value
-            ours = _cuda("multi_lora_linear", *args)
+            ours = cuda("multi_lora_linear", *args)
             others = case.token_slots != 2
             assert torch.equal(ours[others], clean[others])
             assert not ours[~others].isfinite().any()
@@ -154,35 +131,35 @@ def test_what_is_not_finite_in_an_adapter_stays_in_its_rows():
 
 
 def test_unused_ranks_are_not_read():
-    case, plan = _multi((40, 48, 64, 20), 4, F16)
+    case, plan = multi_case((40, 48, 64, 20), 4, F16)
     args = (case.x, case.weight, case.bias, case.a_bank, case.b_bank, case.slot_scalings, *plan, None, False)
-    clean = _cuda("multi_lora_linear", *args)
+    clean = cuda("multi_lora_linear", *args)
     for slot, rank in enumerate(case.slot_ranks.tolist()):
         case.a_bank[slot, rank:] = torch.nan
         case.b_bank[slot, :, rank:] = torch.nan
-    assert torch.equal(_cuda("multi_lora_linear", *args), clean)
+    assert torch.equal(cuda("multi_lora_linear", *args), clean)
 
 
 def test_rows_of_the_base_alone_are_those_of_no_adapter():
-    case, plan = _multi((90, 200, 100, 16), 5, BF16)
+    case, plan = multi_case((90, 200, 100, 16), 5, BF16)
     base = case.token_slots == -1
     assert base.any()
     args = (case.x, case.weight, case.bias, case.a_bank, case.b_bank, case.slot_scalings, *plan, None, False)
-    ours = _cuda("multi_lora_linear", *args)
+    ours = cuda("multi_lora_linear", *args)
     none = torch.zeros_like(case.a_bank[0]), torch.zeros_like(case.b_bank[0]), torch.zeros(())
-    alone = _cuda("lora_linear", case.x, case.weight, case.bias, *none, None, False)
+    alone = cuda("lora_linear", case.x, case.weight, case.bias, *none, None, False)
     assert torch.equal(ours[base], alone[base])
 
 
 def test_a_plan_with_room_to_spare_and_empty_batches():
-    case, _ = _multi((30, 40, 30, 4), 3, BF16)
+    case, _ = multi_case((30, 40, 30, 4), 3, BF16)
     room = plan_batch(case.token_slots, case.slot_ranks, num_slots=3)
     exact_size = (room.slot_ranks, room.row_order, room.segment_starts)
     from lora_kernels.ops import BatchPlan
 
     plan = plan_batch(case.token_slots, case.slot_ranks, out=BatchPlan.empty(100, 3, 4))
     banks = (case.a_bank, case.b_bank, case.slot_scalings)
-    run = lambda x, *plan: _cuda("multi_lora_linear", x, case.weight, case.bias, *banks, *plan, None, False)  # noqa: E731
+    run = lambda x, *plan: cuda("multi_lora_linear", x, case.weight, case.bias, *banks, *plan, None, False)  # noqa: E731
     roomy = run(case.x, plan.slot_ranks, plan.row_order, plan.segment_starts)
     assert torch.equal(roomy, run(case.x, *exact_size))
     assert run(case.x[:0], *exact_size).shape == (0, 30)
@@ -190,8 +167,8 @@ def test_a_plan_with_room_to_spare_and_empty_batches():
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
 def test_shrink_and_expand(dtype):
-    case, plan = _multi((70, 96, 72, 20), 4, dtype)
-    ours = _cuda("lora_shrink", case.x, case.a_bank, *plan, False)
+    case, plan = multi_case((70, 96, 72, 20), 4, dtype)
+    ours = cuda("lora_shrink", case.x, case.a_bank, *plan, False)
     theirs = MULTI["lora_shrink"](case.x, case.a_bank, *plan, False)
     exact = torch.zeros_like(ours).double()
     for row, slot in enumerate(case.token_slots.tolist()):
@@ -202,11 +179,11 @@ def test_shrink_and_expand(dtype):
     assert torch.equal(ours == 0, exact == 0)
     y = -torch.zeros(70, 72, dtype=dtype)
     mine = y.clone()
-    _cuda("lora_expand_", mine, ours, case.b_bank, case.slot_scalings, *plan, None, False)
+    cuda("lora_expand_", mine, ours, case.b_bank, case.slot_scalings, *plan, None, False)
     eager = y.clone()
     rounded = ours.to(dtype).float()
     MULTI["lora_expand_"](eager, rounded, case.b_bank, case.slot_scalings, *plan, None, False)
-    assert_within_budget(mine, eager, _exact_multi(case, low_rank_only=True))
+    assert_within_budget(mine, eager, exact_multi(case, low_rank_only=True))
     assert mine[case.token_slots == -1].signbit().all()
 
 
@@ -223,4 +200,4 @@ def test_refusals_name_the_argument(change, message):
     args = [*_case((4, 24, 16, 4), BF16).args(), None, False]
     change(args)
     with pytest.raises(RuntimeError, match=message):
-        _cuda("lora_linear", *args)
+        cuda("lora_linear", *args)

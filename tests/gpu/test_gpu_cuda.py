@@ -58,14 +58,67 @@ def test_exact_merge_is_that_of_the_cpu(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (33, 1031, 997, 5), (129, 4096, 264, 100), (2000, 130, 4100, 16)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (33, 1031, 997, 5), (129, 4096, 264, 100), (2000, 130, 4100, 16)], ids=str
+)
 def test_odd_sizes(shape, dtype):
     args = make_linear(*shape, dtype, device="cuda").args()
     assert_within_budget(lk.ops.lora_linear(*args), eager_lora_linear(*args), exact_lora_linear(*args))
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("shape", [(33, 1031, 997, 5), (700, 4096, 2048, 16), (2000, 256, 4096, 64)])
+@pytest.mark.parametrize(
+    "shape", [(1, 4096, 4096, 16), (7, 14336, 4096, 16), (33, 4100, 1000, 5), (64, 4096, 264, 100)], ids=str
+)
+def test_few_rows(shape, dtype):
+    case = make_linear(*shape, dtype, device="cuda")
+    for weight in (case.weight, torch.zeros_like(case.weight)):
+        args = (case.x, weight, *case.args()[2:])
+        ours = lk.ops.lora_linear(*args)
+        assert_within_budget(ours, eager_lora_linear(*args), exact_lora_linear(*args))
+        assert all(torch.equal(lk.ops.lora_linear(*args), ours) for _ in range(50))
+
+
+def _few_rows_of_several():
+    case = make_multi(33, 4100, 1000, 16, 5, torch.bfloat16, device="cuda")
+    plan = lk.ops.plan_batch(case.token_slots, case.slot_ranks, num_slots=5)
+    banks = (case.a_bank, case.b_bank, case.slot_scalings)
+    return case, lambda: lk.ops.multi_lora_linear(case.x, case.weight, case.bias, *banks, plan)
+
+
+def test_few_rows_of_several_adapters():
+    case, run = _few_rows_of_several()
+    clean, exact = run(), case.x.double() @ case.weight.double().t() + case.bias.double()
+    eager = torch.nn.functional.linear(case.x, case.weight, case.bias)
+    for row, slot in enumerate(case.token_slots.tolist()):
+        if slot >= 0:
+            rank, scale = int(case.slot_ranks[slot]), case.slot_scalings[slot]
+            lora_a, lora_b = case.a_bank[slot, :rank], case.b_bank[slot, :, :rank]
+            exact[row] += scale.double() * (lora_b.double() @ (lora_a.double() @ case.x[row].double()))
+            eager[row] += scale.to(eager.dtype) * (lora_b @ (lora_a @ case.x[row]))
+    assert_within_budget(clean, eager, exact)
+    assert all(torch.equal(run(), clean) for _ in range(50))
+    case.b_bank[2] = torch.nan
+    others = case.token_slots != 2
+    assert torch.equal(run()[others], clean[others])
+
+
+def test_few_rows_in_a_graph_read_the_adapters_anew():
+    case, run = _few_rows_of_several()
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    case.b_bank.mul_(-2.0)
+    expected = run()
+    for _ in range(3):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("shape", [(33, 1031, 997, 5), (700, 4096, 2048, 16), (2000, 256, 4096, 64)], ids=str)
 def test_gradient_of_x(shape, dtype):
     case = make_linear(*shape, dtype, device="cuda")
     dy = torch.randn(shape[0], shape[2], device="cuda").to(dtype)
@@ -111,9 +164,10 @@ def test_a_list_in_a_graph_reads_the_adapters_anew():
     assert all(map(torch.equal, weights, expected))
 
 
-def test_two_streams_at_once_give_the_bits_of_one():
-    single = make_linear(300, 2048, 1024, 16, torch.bfloat16, device="cuda")
-    several = make_multi(200, 2048, 1024, 16, 5, torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("rows", [300, 9])
+def test_two_streams_at_once_give_the_bits_of_one(rows):
+    single = make_linear(rows, 2048, 1024, 16, torch.bfloat16, device="cuda")
+    several = make_multi(rows, 2048, 1024, 16, 5, torch.bfloat16, device="cuda")
     plan = lk.ops.plan_batch(several.token_slots, several.slot_ranks, num_slots=5)
     banks = (several.a_bank, several.b_bank, several.slot_scalings)
     calls = (

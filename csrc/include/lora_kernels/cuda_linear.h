@@ -24,7 +24,8 @@ struct CudaPlan {
 };
 
 // h (splits, m, r) = x (m, k) a^T in float32, a sum cut into `splits` parts. a is (r, k), or,
-// `turned`, (k, r); with a plan (slots, r, k), and only rows of a slot are written.
+// `turned`, (k, r); with a plan (slots, r, k), and only rows of a slot are written. `cleared`, if
+// not null, is a CudaDecode's `arrived` of the next launch.
 struct CudaShrink {
   CudaMatrix x, a;
   int64_t a_slot;
@@ -33,6 +34,8 @@ struct CudaShrink {
   int splits;
   bool turned;
   CudaPlan plan;
+  int* cleared;
+  int num_cleared;
 };
 
 // y (m, n) = x (m, k) weight^T + bias + scaling * h b^T, rounded once; with `add`, y += all that.
@@ -55,6 +58,18 @@ struct CudaLinear {
   CudaPlan plan;
 };
 
+// The same product for up to 64 rows, neither `turned` nor `add`, k > 0: the sum over x and W is
+// cut into `parts`. `partial` is (parts + 1, m, width) float32 that nobody else uses until the
+// launch is done, of which the last is for the update, `width` is n rounded up to kDecodeCols.
+// `arrived` is width / kDecodeCols zeros, put there by the shrink or the caller.
+constexpr int64_t kDecodeCols = 64;
+struct CudaDecode {
+  CudaLinear linear;
+  float* partial;
+  int* arrived;
+  int parts;
+};
+
 }  // namespace lora_kernels
 
 // `type` float16 or bfloat16, that of every operand but h. Null when the launch went through, else
@@ -65,6 +80,8 @@ const char* lk_cuda_shrink(const lora_kernels::CudaShrink* args, lora_kernels::D
 // Rows of a tile: 128, 64 or 16, of 128, 64 and 64 columns; what there is no kernel for runs on 64.
 const char* lk_cuda_linear(const lora_kernels::CudaLinear* args, lora_kernels::DType type,
                            int tile_rows, int device, void* stream);
+const char* lk_cuda_decode(const lora_kernels::CudaDecode* args, lora_kernels::DType type,
+                           int device, void* stream);
 // Multiprocessors of a device.
 int lk_cuda_multiprocessors(int device);
 }

@@ -49,4 +49,28 @@ inline CudaTile cuda_tile(int64_t m, int64_t n, int64_t k, int64_t r, int sms, b
   return best;
 }
 
+// Parts into which the sum over k is cut for few rows (CudaDecode), 0 where that kernel is not for
+// the call. With `invariant` it never is: many rows have their sums in one part.
+//
+// Bound by the stream of the weight, so what counts is the share of it that the busiest
+// multiprocessor reads; one block alone does not have enough of it under way. A part is no less
+// than 512 long, and each costs a little. Does not depend on the rank: rows without an adapter have
+// the same bits as where there is none.
+inline int cuda_decode_parts(int64_t m, int64_t n, int64_t k, int sms, bool invariant) {
+  if (invariant || m < 1 || m > 64 || n < 1 || k < 1) return 0;
+  const int64_t tiles = (n + 63) / 64;
+  int best = 1;
+  double least = 0;
+  for (int parts = 1; parts <= kMaxSplits && (parts == 1 || k / parts >= 512); ++parts) {
+    const int64_t deep = (tiles * parts + sms - 1) / sms;
+    const double cost =
+        static_cast<double>(deep) / parts * (deep < 2 ? 1.15 : 1) * (1 + 0.01 * parts);
+    if (least == 0 || cost < least) {
+      least = cost;
+      best = parts;
+    }
+  }
+  return best;
+}
+
 }  // namespace lora_kernels
