@@ -2,40 +2,15 @@
 // stream, two launches (h, then the product). Registered under the namespace lora_kernels_cuda:
 // ops/cuda_choice.py picks between them and Triton. What these kernels do not take
 // (lora_kernels/ops/cuda_backend.py) is refused here too.
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "cuda_decode.h"
-#include "cuda_tensor.h"
-#include "lora_kernels/cuda_linear.h"
-#include "lora_kernels/cuda_tile.h"
+#include "cuda_linear_call.h"
 
 namespace lora_kernels {
 namespace {
 
-using MaybeTensor = std::optional<Tensor>;
-using Splits = std::optional<std::vector<int64_t>>;
-
-CudaMatrix matrix(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
 // One slot of a bank.
 CudaMatrix slot_matrix(const Tensor& t) { return {t.const_data_ptr(), t.stride(1), t.stride(2)}; }
-
-DType half_type(const Tensor& x, const char* name) {
-  const DType type = dtype_of(x, name);
-  STD_TORCH_CHECK(type != DType::f32, name, ": expected float16 or bfloat16");
-  STD_TORCH_CHECK(x.dim() == 2, name, ": expected 2 dimensions, got ", x.dim());
-  return type;
-}
-
-void check_operand(const Tensor& t, const char* name, const Tensor& x, int64_t rows, int64_t cols) {
-  check_matrix(t, name, x, rows, cols);
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
-}
-
-void no_splits(const Splits& splits) {
-  STD_TORCH_CHECK(!splits.has_value(), "out_splits: expected None");
-}
 
 CudaPlan plan_of(const Tensor& row_order, const Tensor& segment_starts, const MaybeTensor& ranks,
                  const Tensor& x, int64_t slots) {
@@ -59,75 +34,12 @@ CudaPlan plan_of(const Tensor& row_order, const Tensor& segment_starts, const Ma
           static_cast<int>(row_order.size(0)), static_cast<int>(slots)};
 }
 
-CudaTile choose(const Tensor& x, int64_t n, int64_t k, int64_t r, bool invariant) {
-  return cuda_tile(x.size(0), n, k, r, multiprocessors(x), invariant);
-}
-
-void run(const char* op, const CudaShrink& shrink, const Tensor& x, DType type) {
-  on_stream(op, x, [&](int device, void* stream) {
-    return lk_cuda_shrink(&shrink, type, device, stream);
-  });
-}
-void run(const char* op, const CudaLinear& linear, const Tensor& x, DType type,
-         const CudaTile& tile) {
-  on_stream(op, x, [&](int device, void* stream) {
-    return lk_cuda_linear(&linear, type, tile.rows, device, stream);
-  });
-}
-
-// h, then the product with it.
-void run(const char* op, const CudaShrink& shrink, const CudaLinear& linear, const Tensor& x,
-         DType type, const CudaTile& tile, bool invariant) {
-  if (run_decode(op, shrink, linear, x, type, invariant)) return;
-  run(op, shrink, x, type);
-  run(op, linear, x, type, tile);
-}
-
-void set_bias(CudaLinear& linear, const MaybeTensor& bias, const Tensor& x) {
-  if (!bias.has_value()) return;
-  check_device(*bias, "bias", x);
-  STD_TORCH_CHECK(
-      bias->dim() == 1 && bias->size(0) == linear.n && bias->scalar_type() == x.scalar_type(),
-      "bias: expected ", linear.n, " elements of the dtype of x");
-  linear.bias = bias->const_data_ptr();
-  linear.bias_stride = bias->stride(0);
-}
-
-void set_out(CudaLinear& linear, Tensor& y, const char* name, const Tensor& x) {
-  check_operand(y, name, x, linear.m, linear.n);
-  linear.y = y.mutable_data_ptr();
-  linear.y_row = y.stride(0);
-  linear.y_col = y.stride(1);
-}
-
-void set_h(CudaLinear& linear, const Tensor& h, int splits) {
-  linear.h = static_cast<const float*>(h.const_data_ptr());
-  linear.h_row = linear.r;
-  linear.h_split = linear.m * linear.r;
-  linear.splits = splits;
-}
-
-Tensor new_h(const Tensor& x, int64_t r, int splits) {
-  return torch::stable::new_empty(x, {splits, x.size(0), r}, ScalarType::Float);
-}
-
-// h = x aᵀ, in `splits` parts of the columns.
-CudaShrink shrink_of(const Tensor& x, const CudaMatrix& a, int64_t r, Tensor& h, int splits) {
-  CudaShrink shrink = {};
-  shrink.x = matrix(x);
-  shrink.a = a;
-  shrink.h = static_cast<float*>(h.mutable_data_ptr());
-  shrink.m = x.size(0);
-  shrink.k = x.size(1);
-  shrink.r = r;
-  shrink.splits = splits;
-  return shrink;
-}
-
-// y of one adapter; without a weight y += the update alone.
+// y of one adapter; without a weight y += the update alone. `saved`, if not null, is h (m, r), kept
+// for the backward pass.
 void one_adapter(const char* op, Tensor& y, const char* y_name, const Tensor& x,
                  const MaybeTensor& weight, const MaybeTensor& bias, const Tensor& lora_a,
-                 const Tensor& lora_b, const Tensor& scaling, bool invariant) {
+                 const Tensor& lora_b, const Tensor& scaling, bool invariant,
+                 Tensor* saved = nullptr) {
   const DType type = half_type(x, "x");
   STD_TORCH_CHECK(lora_a.dim() == 2, "lora_a: expected 2 dimensions, got ", lora_a.dim());
   const int64_t m = x.size(0), k = x.size(1), r = lora_a.size(0);
@@ -136,7 +48,7 @@ void one_adapter(const char* op, Tensor& y, const char* y_name, const Tensor& x,
   check_operand(lora_a, "lora_a", x, r, k);
   check_operand(lora_b, "lora_b", x, n, r);
   const CudaTile tile = choose(x, n, weight.has_value() ? k : 0, r, invariant);
-  const int splits = choose(x, n, k, r, invariant).splits;
+  const int splits = saved == nullptr ? choose(x, n, k, r, invariant).splits : 1;
   CudaLinear linear = {};
   linear.m = m;
   linear.n = n;
@@ -151,7 +63,7 @@ void one_adapter(const char* op, Tensor& y, const char* y_name, const Tensor& x,
   linear.scaling = scaling_of(scaling, "scaling", x);
   set_bias(linear, bias, x);
   set_out(linear, y, y_name, x);
-  Tensor h = new_h(x, r, splits);
+  Tensor h = saved == nullptr ? new_h(x, r, splits) : *saved;
   set_h(linear, h, splits);
   run(op, shrink_of(x, matrix(lora_a), r, h, splits), linear, x, type, tile, invariant);
 }
@@ -172,49 +84,23 @@ void lora_linear_out(Tensor out, Tensor x, Tensor weight, MaybeTensor bias, Tens
   one_adapter("lora_linear_out", out, "out", x, weight, bias, lora_a, lora_b, scaling, invariant);
 }
 
+std::tuple<Tensor, Tensor, Tensor> lora_linear_train(Tensor x, Tensor weight, MaybeTensor bias,
+                                                     Tensor lora_a, Tensor lora_b, Tensor scaling,
+                                                     double dropout_p, MaybeTensor /*seed*/,
+                                                     Splits out_splits, bool invariant) {
+  no_splits(out_splits);
+  STD_TORCH_CHECK(dropout_p == 0, "dropout_p: expected 0, got ", dropout_p);
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x, weight: expected 2 dimensions");
+  Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
+  Tensor h = torch::stable::new_empty(x, {x.size(0), lora_a.size(0)}, ScalarType::Float);
+  one_adapter("lora_linear_train", y, "y", x, weight, bias, lora_a, lora_b, scaling, invariant, &h);
+  return {y, h, torch::stable::new_empty(x, {0}, ScalarType::Byte)};
+}
+
 void lora_add_(Tensor y, Tensor x, Tensor lora_a, Tensor lora_b, Tensor scaling, bool invariant) {
   STD_TORCH_CHECK(lora_b.dim() == 2, "lora_b: expected 2 dimensions, got ", lora_b.dim());
   one_adapter("lora_add_", y, "y", x, std::nullopt, std::nullopt, lora_a, lora_b, scaling,
               invariant);
-}
-
-// dX = dY W + s (dY B) A: the forward kernel, W and A turned.
-std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor dy, Tensor x, MaybeTensor weight,
-                                                        Tensor lora_a, Tensor lora_b,
-                                                        Tensor scaling, Tensor /*h*/, Tensor mask,
-                                                        double, Splits out_splits, bool need_x,
-                                                        bool need_a, bool need_b, bool invariant) {
-  no_splits(out_splits);
-  STD_TORCH_CHECK(!need_a && !need_b && mask.numel() == 0,
-                  "lora_linear_backward: these kernels give the gradient of x alone, no dropout");
-  const DType type = half_type(dy, "dy");
-  const int64_t m = dy.size(0), n = dy.size(1), k = x.size(1), r = lora_a.size(0);
-  if (weight.has_value()) check_operand(*weight, "weight", dy, n, k);
-  check_operand(lora_a, "lora_a", dy, r, k);
-  check_operand(lora_b, "lora_b", dy, n, r);
-  Tensor none_a = torch::stable::new_empty(lora_a, {0}),
-         none_b = torch::stable::new_empty(lora_b, {0});
-  if (!need_x) return {torch::stable::new_empty(x, {0}), none_a, none_b};
-  Tensor dx = torch::stable::new_empty(dy, {m, k});
-  const CudaTile tile = choose(dy, k, n, r, invariant);
-  CudaLinear linear = {};
-  linear.m = m;
-  linear.n = k;
-  linear.k = weight.has_value() ? n : 0;
-  linear.r = r;
-  linear.turned = true;
-  linear.x = matrix(dy);
-  if (weight.has_value()) linear.weight = matrix(*weight);
-  linear.b = matrix(lora_a);
-  linear.scaling = scaling_of(scaling, "scaling", dy);
-  set_out(linear, dx, "dx", dy);
-  Tensor dh = new_h(dy, r, tile.splits);
-  set_h(linear, dh, tile.splits);
-  CudaShrink shrink = shrink_of(dy, matrix(lora_b), r, dh, tile.splits);
-  shrink.turned = true;
-  run("lora_linear_backward", shrink, dy, type);
-  run("lora_linear_backward", linear, dy, type, tile);
-  return {dx, none_a, none_b};
 }
 
 CudaShrink bank_shrink(const Tensor& x, const Tensor& a_bank, Tensor& h, int splits,
@@ -321,8 +207,8 @@ void lora_expand_(Tensor y, Tensor h, Tensor b_bank, Tensor slot_scalings, Maybe
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_cuda, LK_CUDA_KEY, m) {
   m.impl("lora_linear", TORCH_BOX(&lora_kernels::lora_linear));
   m.impl("lora_linear_out", TORCH_BOX(&lora_kernels::lora_linear_out));
+  m.impl("lora_linear_train", TORCH_BOX(&lora_kernels::lora_linear_train));
   m.impl("lora_add_", TORCH_BOX(&lora_kernels::lora_add_));
-  m.impl("lora_linear_backward", TORCH_BOX(&lora_kernels::lora_linear_backward));
   m.impl("multi_lora_linear", TORCH_BOX(&lora_kernels::multi_lora_linear));
   m.impl("lora_shrink", TORCH_BOX(&lora_kernels::lora_shrink));
   m.impl("lora_expand_", TORCH_BOX(&lora_kernels::lora_expand_));

@@ -11,6 +11,7 @@
 // its tokens, and those of the base alone take none.
 #pragma once
 
+#include "last_to_arrive.h"
 #include "linear_sm80.h"
 
 namespace lora_kernels {
@@ -49,8 +50,12 @@ struct DecodeSlots {
   }
 };
 
+// Blocks on a multiprocessor: with 64 tokens the sums take the registers of a fourth.
+template <class Tile>
+constexpr int kDecodeResident = Tile::kCols == 64 ? 3 : 4;
+
 template <class Tile, bool kMulti>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
+__global__ void __launch_bounds__(Tile::kThreads, kDecodeResident<Tile>)
     decode_kernel(const __grid_constant__ DecodeJob job) {
   using T = typename Tile::T;
   const CudaLinear& args = job.args.linear;
@@ -138,21 +143,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
                  });
   leave(updates);
 
-  __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(job.args.arrived + tile, 1) == parts - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
+  if (!last_to_arrive(job.args.arrived + tile, parts)) return;
   const T* const bias = static_cast<const T*>(args.bias);
   for (int i = static_cast<int>(threadIdx.x); i < args.m * Tile::kRows; i += Tile::kThreads) {
     const int64_t token = i / Tile::kRows, out = out0 + i % Tile::kRows;
     if (out >= args.n) continue;
     const float* const from = job.args.partial + token * width + out;
-    float v = __ldcg(from);
-#pragma unroll 4
-    for (int p = 1; p < parts; ++p) v += __ldcg(from + p * args.m * width);
+    float v = sum_parts(from, parts, args.m * width);
     bool updated = args.r > 0;
     if constexpr (kMulti) updated = updated && slots->place[token] >= args.plan.segment_starts[1];
     if (updated) v += __ldcg(from + parts * args.m * width);

@@ -61,6 +61,10 @@ int lk_decode_parts(int64_t m, int64_t n, int64_t k, int sms, bool invariant) {
   return cuda_decode_parts(m, n, k, sms, invariant);
 }
 
+int lk_gradient_parts(int64_t m, int64_t r, int64_t cols, int sms) {
+  return cuda_gradient_parts(m, r, cols, sms);
+}
+
 void lk_tile_at(int64_t index, int rows, int cols, int* out) {
   const maps::TileAt at = maps::tile_at(index, rows, cols);
   out[0] = at.row;

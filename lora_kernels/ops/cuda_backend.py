@@ -14,7 +14,7 @@ LIMITS = {
     "lora_linear, lora_linear_out, lora_add_, multi_lora_linear, lora_shrink, lora_expand_": (
         "float16 and bfloat16, adapters of the same dtype, no stacked projections"
     ),
-    "lora_linear_backward": "the gradient of x alone, without dropout; float16 and bfloat16",
+    "lora_linear_train, lora_linear_backward": "the same, without dropout",
 }
 
 
@@ -51,14 +51,20 @@ def _linear_out(out, *args):
     return _linear(*args)
 
 
+def _train(x, weight, bias, lora_a, lora_b, scaling, dropout_p, dropout_seed, out_splits, *_):
+    if dropout_p:
+        return "dropout_p: expected 0, no kernel for dropout"
+    return _linear(x, weight, bias, lora_a, lora_b, scaling, out_splits)
+
+
 def _add(y, x, lora_a, lora_b, *_):
     return _dtypes(x, lora_a=lora_a, lora_b=lora_b)
 
 
-def _backward(dy, x, weight, lora_a, lora_b, scaling, h, mask, p, out_splits, need_x, need_a, need_b, *_):
-    if need_a or need_b or mask.numel():
-        return "no kernel for the gradients of lora_a and lora_b, nor for dropout"
-    return _dtypes(x, lora_a=lora_a, lora_b=lora_b) or _slices(out_splits)
+def _backward(dy, x, weight, lora_a, lora_b, scaling, h, mask, dropout_p, out_splits, *_):
+    if mask.numel():
+        return "mask: expected none, no kernel for dropout"
+    return _dtypes(x, dy=dy, lora_a=lora_a, lora_b=lora_b) or _slices(out_splits)
 
 
 def _slot_ranks(slot_ranks):
@@ -87,6 +93,7 @@ REFUSED = {
     "lora_linear": _linear,
     "lora_linear_out": _linear_out,
     "lora_add_": _add,
+    "lora_linear_train": _train,
     "lora_linear_backward": _backward,
     "multi_lora_linear": _multi,
     "lora_shrink": _shrink,

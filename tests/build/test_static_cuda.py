@@ -42,8 +42,13 @@ def test_the_merge_reads_and_writes_its_four_strips_sixteen_bytes_at_a_time(reco
 
 @compiled
 def test_the_linear_kernels_use_tensor_cores_and_asynchronous_copies(records):
-    found = [r for r in records if r["source"].startswith(("linear_", "decode_"))]
-    assert {r["kernel"].split("<")[0] for r in found} == {"linear_kernel", "shrink_kernel", "decode_kernel"}
+    found = [r for r in records if r["source"].startswith(("linear_", "decode_", "gradient_"))]
+    assert {r["kernel"].split("<")[0] for r in found} == {
+        "linear_kernel",
+        "shrink_kernel",
+        "decode_kernel",
+        "gradient_kernel",
+    }
     for record in found:
         # A step of 32: two of 16, each with the products of a warp's 16 x 8 pieces. Several slots have it twice.
         sizes = re.search(r"GemmTile<\w+, (\d+), (\d+), (\d+), (\d+), (?:false|true), \d+>(, true)?", record["kernel"])
@@ -59,11 +64,11 @@ def test_the_linear_kernels_use_tensor_cores_and_asynchronous_copies(records):
 
 @compiled
 def test_the_kernel_for_few_rows_streams_the_weight(records):
-    """Four blocks a multiprocessor; what they read once is the first to leave L2."""
+    """Four blocks a multiprocessor, three with 64 tokens; what they read once is the first to leave L2."""
     found = [r for r in records if r["source"] == "decode_sm80.cu"]
     assert len(found) == 12 * len(static_cuda.ARCHS)
     for record in found:
-        assert record["registers"] <= 128, record
+        assert record["registers"] <= (168 if ", 64, 64, " in record["kernel"] else 128), record
         assert record["counts"]["stream"] > 0, record
 
 

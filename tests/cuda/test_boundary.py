@@ -26,10 +26,11 @@ def _samples():
     return {
         "lora_linear": (*case.args(), None, False),
         "lora_linear_out": (y.clone(), *case.args(), None, False),
+        "lora_linear_train": (*case.args(), 0.0, None, None, False),
         "lora_add_": (y.clone(), x, a, b, s, False),
         "lora_linear_backward": (
-            *(y, x, weight, a, b, s, nothing, nothing.byte(), 0.0, None),
-            *(True, False, False, False),
+            *(y, x, weight, a, b, s, h, nothing.byte(), 0.0, None),
+            *(True, True, True, False),
         ),
         "multi_lora_linear": (multi.x, multi.weight, multi.bias, *banks, *rows, None, False),
         "lora_shrink": (multi.x, multi.a_bank, *rows, False),

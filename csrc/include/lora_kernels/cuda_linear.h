@@ -70,6 +70,25 @@ struct CudaDecode {
   int parts;
 };
 
+// The gradient of an adapter's matrix, with sums over the rows: gradient (r, cols) = scaling * u^T
+// z, rounded once; u is (splits, m, r) float32, of which the parts are added, scaled and rounded to
+// z's dtype, z (m, cols). For lora_a u is dy B, z is x; for lora_b, turned, u is h, z is dy. The
+// sum is cut into `parts`; `partial` is (parts, r, cols) float32 of this launch's own, `arrived`
+// zeros, one for each kGradientRows x 64 of the gradient.
+constexpr int64_t kGradientRows = 64;  // 16 where r is no more
+struct CudaGradient {
+  const float* u;
+  int64_t u_split;
+  CudaMatrix z;
+  const float* scaling;
+  void* gradient;
+  int64_t row, col;  // its strides, in elements
+  int64_t m, r, cols;
+  int splits, parts;
+  float* partial;
+  int* arrived;
+};
+
 }  // namespace lora_kernels
 
 // `type` float16 or bfloat16, that of every operand but h. Null when the launch went through, else
@@ -82,6 +101,8 @@ const char* lk_cuda_linear(const lora_kernels::CudaLinear* args, lora_kernels::D
                            int tile_rows, int device, void* stream);
 const char* lk_cuda_decode(const lora_kernels::CudaDecode* args, lora_kernels::DType type,
                            int device, void* stream);
+const char* lk_cuda_gradient(const lora_kernels::CudaGradient* args, lora_kernels::DType type,
+                             int device, void* stream);
 // Multiprocessors of a device.
 int lk_cuda_multiprocessors(int device);
 }

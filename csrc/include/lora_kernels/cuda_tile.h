@@ -73,4 +73,13 @@ inline int cuda_decode_parts(int64_t m, int64_t n, int64_t k, int sms, bool inva
   return best;
 }
 
+// Parts into which the sum over m rows is cut for the gradient of an adapter's matrix of `r` times
+// `cols` (CudaGradient): until its tiles are two a multiprocessor, into no less than 256 rows each.
+inline int cuda_gradient_parts(int64_t m, int64_t r, int64_t cols, int sms) {
+  const int64_t tiles = (r + 63) / 64 * ((cols + 63) / 64);
+  int parts = 1;
+  while (parts < 16 && tiles * parts < int64_t{2} * sms && m / (2 * parts) >= 256) parts *= 2;
+  return parts;
+}
+
 }  // namespace lora_kernels

@@ -1,0 +1,102 @@
+// What calls of the fused linear layer on CUDA share: checks of their tensors, the arguments of the
+// kernels, and the launches.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "cuda_decode.h"
+#include "cuda_tensor.h"
+#include "lora_kernels/cuda_linear.h"
+#include "lora_kernels/cuda_tile.h"
+
+namespace lora_kernels {
+
+using MaybeTensor = std::optional<Tensor>;
+using Splits = std::optional<std::vector<int64_t>>;
+
+inline CudaMatrix matrix(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+inline DType half_type(const Tensor& x, const char* name) {
+  const DType type = dtype_of(x, name);
+  STD_TORCH_CHECK(type != DType::f32, name, ": expected float16 or bfloat16");
+  STD_TORCH_CHECK(x.dim() == 2, name, ": expected 2 dimensions, got ", x.dim());
+  return type;
+}
+
+inline void check_operand(const Tensor& t, const char* name, const Tensor& x, int64_t rows,
+                          int64_t cols) {
+  check_matrix(t, name, x, rows, cols);
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
+}
+
+inline void no_splits(const Splits& splits) {
+  STD_TORCH_CHECK(!splits.has_value(), "out_splits: expected None");
+}
+
+inline CudaTile choose(const Tensor& x, int64_t n, int64_t k, int64_t r, bool invariant) {
+  return cuda_tile(x.size(0), n, k, r, multiprocessors(x), invariant);
+}
+
+inline void run(const char* op, const CudaShrink& shrink, const Tensor& x, DType type) {
+  on_stream(op, x, [&](int device, void* stream) {
+    return lk_cuda_shrink(&shrink, type, device, stream);
+  });
+}
+inline void run(const char* op, const CudaLinear& linear, const Tensor& x, DType type,
+                const CudaTile& tile) {
+  on_stream(op, x, [&](int device, void* stream) {
+    return lk_cuda_linear(&linear, type, tile.rows, device, stream);
+  });
+}
+
+// h, then the product with it.
+inline void run(const char* op, const CudaShrink& shrink, const CudaLinear& linear, const Tensor& x,
+                DType type, const CudaTile& tile, bool invariant) {
+  if (run_decode(op, shrink, linear, x, type, invariant)) return;
+  run(op, shrink, x, type);
+  run(op, linear, x, type, tile);
+}
+
+inline void set_bias(CudaLinear& linear, const MaybeTensor& bias, const Tensor& x) {
+  if (!bias.has_value()) return;
+  check_device(*bias, "bias", x);
+  STD_TORCH_CHECK(
+      bias->dim() == 1 && bias->size(0) == linear.n && bias->scalar_type() == x.scalar_type(),
+      "bias: expected ", linear.n, " elements of the dtype of x");
+  linear.bias = bias->const_data_ptr();
+  linear.bias_stride = bias->stride(0);
+}
+
+inline void set_out(CudaLinear& linear, Tensor& y, const char* name, const Tensor& x) {
+  check_operand(y, name, x, linear.m, linear.n);
+  linear.y = y.mutable_data_ptr();
+  linear.y_row = y.stride(0);
+  linear.y_col = y.stride(1);
+}
+
+inline void set_h(CudaLinear& linear, const Tensor& h, int splits) {
+  linear.h = static_cast<const float*>(h.const_data_ptr());
+  linear.h_row = linear.r;
+  linear.h_split = linear.m * linear.r;
+  linear.splits = splits;
+}
+
+inline Tensor new_h(const Tensor& x, int64_t r, int splits) {
+  return torch::stable::new_empty(x, {splits, x.size(0), r}, ScalarType::Float);
+}
+
+// h = x aᵀ, in `splits` parts of the columns.
+inline CudaShrink shrink_of(const Tensor& x, const CudaMatrix& a, int64_t r, Tensor& h,
+                            int splits) {
+  CudaShrink shrink = {};
+  shrink.x = matrix(x);
+  shrink.a = a;
+  shrink.h = static_cast<float*>(h.mutable_data_ptr());
+  shrink.m = x.size(0);
+  shrink.k = x.size(1);
+  shrink.r = r;
+  shrink.splits = splits;
+  return shrink;
+}
+
+}  // namespace lora_kernels
