@@ -17,7 +17,7 @@ mkdir -p "$folder"
 failed=0
 # torch's allocator would hide accesses beyond a tensor.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-small='test_golden or test_odd_sizes and 33 or test_gradient_of_x and 33 or test_few_rows and 33 or test_few_rows_of'
+small='test_golden or test_odd_sizes and 33 or test_gradient and 33 or test_few_rows and 33 or test_few_rows_of'
 for tool in memcheck racecheck; do
   echo "== $tool"
   if ! compute-sanitizer --tool "$tool" --error-exitcode 9 --log-file "$folder/$tool.log" \

@@ -12,7 +12,15 @@ from safetensors.torch import load_file
 
 import lora_kernels as lk
 from lora_kernels.ops import dispatch
-from lora_kernels.testing import assert_within_budget, eager_lora_linear, exact_lora_linear, make_linear, make_multi
+from lora_kernels.testing import (
+    assert_within_budget,
+    eager_lora_linear,
+    eager_multi_lora_linear,
+    exact_lora_linear,
+    exact_multi_lora_linear,
+    make_linear,
+    make_multi,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exact"))
 from exact_cases import GOLDEN, problem, same_bits
@@ -88,15 +96,10 @@ def _few_rows_of_several():
 
 def test_few_rows_of_several_adapters():
     case, run = _few_rows_of_several()
-    clean, exact = run(), case.x.double() @ case.weight.double().t() + case.bias.double()
-    eager = torch.nn.functional.linear(case.x, case.weight, case.bias)
-    for row, slot in enumerate(case.token_slots.tolist()):
-        if slot >= 0:
-            rank, scale = int(case.slot_ranks[slot]), case.slot_scalings[slot]
-            lora_a, lora_b = case.a_bank[slot, :rank], case.b_bank[slot, :, :rank]
-            exact[row] += scale.double() * (lora_b.double() @ (lora_a.double() @ case.x[row].double()))
-            eager[row] += scale.to(eager.dtype) * (lora_b @ (lora_a @ case.x[row]))
-    assert_within_budget(clean, eager, exact)
+    clean = run()
+    args = (case.x, case.weight, case.bias, case.a_bank, case.b_bank, case.slot_scalings)
+    slots = (case.token_slots, case.slot_ranks)
+    assert_within_budget(clean, eager_multi_lora_linear(*args, *slots), exact_multi_lora_linear(*args, *slots))
     assert all(torch.equal(run(), clean) for _ in range(50))
     case.b_bank[2] = torch.nan
     others = case.token_slots != 2
@@ -129,6 +132,26 @@ def test_gradient_of_x(shape, dtype):
     exact = case.scaling.double() * (dy.double() @ case.lora_b.double() @ case.lora_a.double())
     eager = (dy @ case.lora_b @ case.lora_a) * case.scaling.to(dtype) + dy @ case.weight
     assert_within_budget(ours, eager, exact + dy.double() @ case.weight.double())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("shape", [(33, 1031, 997, 5), (4096, 4096, 2048, 16), (5001, 256, 4096, 100)], ids=str)
+def test_gradients_of_the_adapter(shape, dtype):
+    case = make_linear(*shape, dtype, device="cuda")
+    dy = torch.randn(shape[0], shape[2], device="cuda").to(dtype)
+
+    def gradients(*tensors, linear=eager_lora_linear):
+        x, weight, bias, lora_a, lora_b = (t.detach().clone() for t in tensors[:5])
+        leaves = [lora_a.requires_grad_(), lora_b.requires_grad_()]
+        y = linear(x, weight, bias, *leaves, tensors[5])
+        return torch.autograd.grad(y, leaves, dy.to(y.dtype))
+
+    ours = gradients(*case.args(), linear=lk.ops.lora_linear)
+    exact = gradients(*(t.double() for t in case.args()))
+    for found, eager, true in zip(ours, gradients(*case.args()), exact, strict=True):
+        assert_within_budget(found, eager, true)
+    for _ in range(20):
+        assert all(map(torch.equal, gradients(*case.args(), linear=lk.ops.lora_linear), ours))
 
 
 def _list(count=100):
