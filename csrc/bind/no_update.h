@@ -25,7 +25,20 @@ inline bool zeros_within(const char* values, int64_t bytes, uint64_t sign) {
   return true;
 }
 
+// Whether one number is 0 or -0.
+inline bool is_zero(const char* value, DType dtype) {
+  if (dtype == DType::f32) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, value, 4);
+    return (bits << 1) == 0;
+  }
+  uint16_t bits = 0;
+  std::memcpy(&bits, value, 2);
+  return (bits & 0x7fff) == 0;
+}
+
 inline bool all_zero(const TensorArg& t, DType dtype) {
+  if (t.numel() > 0 && !is_zero(static_cast<const char*>(t.data()), dtype)) return false;
   const int64_t rows = t.size(0), row_bytes = t.size(1) * dtype_size(dtype);
   const uint64_t sign = dtype == DType::f32 ? 0x8000000080000000u : 0x8000800080008000u;
   const char* values = static_cast<const char*>(t.data());
