@@ -30,8 +30,11 @@ void faulty(const uint16_t* from, uint16_t* to, Forget forget) {
 extern "C" {
 
 void lk_emulate_settings(unsigned seed, bool early) {
-  lora_kernels_emulate::settings = {seed, early};
+  lora_kernels_emulate::settings.seed = seed;
+  lora_kernels_emulate::settings.early = early;
 }
+
+void lk_emulate_blocks(unsigned seed) { lora_kernels_emulate::settings.blocks = seed; }
 
 const char* lk_emulate_faulty(int forget) {
   alignas(16) static const uint16_t from[8] = {};

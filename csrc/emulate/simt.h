@@ -2,7 +2,7 @@
 //
 // A thread of a block is a fiber that runs until it waits, for a barrier or for the other lanes of
 // its warp in a warp-wide instruction; so one warp runs as far ahead of another as the barriers
-// allow, in an order that `seed` shuffles, as it does the blocks. Shared memory starts as NaN.
+// allow, in an order that `seed` shuffles. Shared memory starts as NaN.
 // cp.async lands at the last moment allowed, in the wait, or (`early`) at once: a kernel that is
 // right is right under both. Shared memory that goes through the functions of device.h is watched
 // in pieces of 16 bytes: what one thread wrote may not be read or written by another before a
@@ -31,6 +31,7 @@ struct Dim3 {
 struct Settings {
   unsigned seed = 1;
   bool early = false;
+  unsigned blocks = 0;  // shuffles the blocks too; 0: in their order
 };
 inline Settings settings;
 inline std::string fault;
@@ -270,16 +271,16 @@ void launch(Dim3 grid, unsigned threads, size_t shared, const Body& body) {
   fault.clear();
   if (stacks.size() < threads) stacks.resize(threads, std::vector<uint8_t>(kStack));
   std::vector<unsigned> order(threads);
-  uint64_t state = settings.seed;
-  const auto shuffle = [&](std::vector<unsigned>& list) {
+  uint64_t state = settings.seed, block_state = settings.blocks;
+  const auto shuffle = [](std::vector<unsigned>& list, uint64_t& from) {
     for (unsigned i = 0; i < list.size(); ++i) list[i] = i;
-    for (size_t i = list.size(); settings.seed != 0 && i > 1; --i) {
-      state = state * 6364136223846793005u + 1442695040888963407u;
-      std::swap(list[i - 1], list[(state >> 33) % i]);
+    for (size_t i = list.size(); from != 0 && i > 1; --i) {
+      from = from * 6364136223846793005u + 1442695040888963407u;
+      std::swap(list[i - 1], list[(from >> 33) % i]);
     }
   };
   std::vector<unsigned> blocks(size_t{grid.x} * grid.y * grid.z);
-  shuffle(blocks);
+  shuffle(blocks, block_state);
   for (unsigned at : blocks) {
     Block b;
     block = &b;
@@ -295,7 +296,7 @@ void launch(Dim3 grid, unsigned threads, size_t shared, const Body& body) {
     std::memset(b.shared.data(), 0xff, b.shared.size());
     b.shared.resize(shared);
     for (unsigned i = 0; i < threads; ++i) prepare(b.fibers[i], i);
-    shuffle(order);
+    shuffle(order, state);
     run_block(order);
     block = nullptr;
     if (!fault.empty()) return;

@@ -17,3 +17,15 @@ def library():
 def schedule(request, library):
     """Runs the test under several orders of the threads, copies landing at once or at the last moment."""
     library.lk_emulate_settings(*request.param)
+
+
+@pytest.fixture
+def set_order(library):
+    """``set_order(seed, early)``: as ``schedule``, and the order of the blocks; afterwards they are in their own."""
+
+    def set_order(seed, early):
+        library.lk_emulate_settings(seed, early)
+        library.lk_emulate_blocks(seed)
+
+    yield set_order
+    library.lk_emulate_blocks(0)

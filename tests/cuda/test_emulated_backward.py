@@ -55,11 +55,11 @@ def test_the_forward_pass_is_that_without_gradients():
     assert torch.equal(trained, cuda("lora_linear", *case.args(), None, True))
 
 
-def test_any_order_of_threads_and_blocks_gives_the_same_bits(library):
+def test_any_order_of_threads_and_blocks_gives_the_same_bits(set_order):
     case, dy, h = _case((1100, 40, 72, 20), BF16)
     found = []
     for seed, early in ((0, True), (0, False), (3, True), (9, False)):
-        library.lk_emulate_settings(seed, early)
+        set_order(seed, early)
         found.append(_backward(case, dy, h, False, True, True))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 

@@ -49,7 +49,7 @@ def test_linear(library, shape, dtype):
 
 
 @pytest.mark.parametrize("slots", [None, 3])
-def test_any_order_of_threads_and_blocks_gives_the_same_bits(library, slots):
+def test_any_order_of_threads_and_blocks_gives_the_same_bits(set_order, slots):
     """Whichever block of a tile is the last to arrive, the parts are added in their own order."""
     if slots is None:
         name, args = "lora_linear", [*make_linear(20, 2100, 100, 24, BF16).args(), None, False]
@@ -57,7 +57,7 @@ def test_any_order_of_threads_and_blocks_gives_the_same_bits(library, slots):
         name, args = "multi_lora_linear", _multi_args(*multi_case((20, 2100, 100, 24), slots, BF16))
     found = []
     for seed, early in ((0, True), (0, False), (3, True), (9, False), (10, False)):
-        library.lk_emulate_settings(seed, early)
+        set_order(seed, early)
         found.append(cuda(name, *args))
     assert all(torch.equal(found[0], other) for other in found[1:])
 
