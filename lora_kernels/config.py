@@ -51,10 +51,7 @@ _INIT_VARIANTS = {"corda": "CorDA", "eva": "EVA", "loftq": "LoftQ", "lora_ga": "
 _ELSEWHERE = "not implemented in lora_kernels; `peft` creates such a model"
 _FASTER = f"{_ELSEWHERE}, and `lora_kernels.accelerate` speeds it up"
 _FATE = {
-    **dict.fromkeys(
-        ("arrow_config", "megatron_config", "use_qalora"),
-        f"{_ELSEWHERE}, whose layers `lora_kernels.accelerate` leaves as they are",
-    ),
+    "megatron_config": f"{_ELSEWHERE}, whose layers `lora_kernels.accelerate` leaves as they are",
     **dict.fromkeys(("alora_invocation_tokens", "monteclora_config", "velora_config"), f"{_FASTER} at inference"),
 }
 # Without effect unless a field above or ``init_lora_weights="loftq"`` is set: kept, with a warning.

@@ -16,6 +16,7 @@ from ..layers.linear import _unhooked
 from .measure import measure
 from .peft_layers import CLASSES, Linear, PeftLinear
 from .peft_merge import LoraModel
+from .peft_routed import PeftQuantised, routed, why_not_quantised
 from .peft_terms import DTYPES, FACTORS, activated, dora_magnitude, served_variant
 from .report import Group, Report
 
@@ -86,6 +87,8 @@ def _why_left(layer):
         return "made by a peft that is too old"
     if isinstance(layer, ParamWrapper):
         return _why_not_parameter(layer)
+    if isinstance(layer, PeftQuantised):
+        return _why_none(why_not_quantised(layer, name) for name in layer.r)
     base = layer.base_layer
     kinds = _BASES[type(layer).__name__]
     if type(base).__name__ not in kinds or type(base).__module__.partition(".")[0] not in ("torch", "transformers"):
@@ -97,8 +100,13 @@ def _why_left(layer):
         return f"no kernel for a base weight in {weight.dtype}"
     if not _unhooked(base):
         return "its base layer has hooks"
-    reasons = [_why_not(layer, name) for name in layer.r]
-    return None if not reasons or None in reasons else "; ".join(sorted(set(reasons)))
+    return _why_none(_why_not(layer, name) for name in layer.r)
+
+
+def _why_none(reasons):
+    """Why no adapter of a layer is served, of the reasons for each; None when one is."""
+    reasons = set(reasons)
+    return None if not reasons or None in reasons else "; ".join(sorted(reasons))
 
 
 def _why_not_parameter(layer):
@@ -119,10 +127,12 @@ _BASES = {
 
 def _why_not(layer, name):
     """Why an adapter of a layer is not served; None when it is."""
+    if isinstance(layer, PeftQuantised):
+        return why_not_quantised(layer, name)
     variant = layer.lora_variant.get(name)
     linear = isinstance(layer, PeftLinear)
     served = linear and variant is not None and served_variant(layer, name, variant, training=False)
-    known = linear and (dora_magnitude(layer, name) is not None or activated(layer, name))
+    known = linear and (dora_magnitude(layer, name) is not None or activated(layer, name) or routed(layer, name))
     if variant is not None and not served and not known:
         return f"variant {type(variant).__name__}"
     if not linear:
@@ -142,9 +152,10 @@ def _at_inference(layer, name):
     variant = layer.lora_variant[name]
     if not isinstance(layer, PeftLinear) or _why_not(layer, name):
         return False
-    return activated(layer, name) or (
-        dora_magnitude(layer, name) is None and not served_variant(layer, name, variant, training=True)
-    )
+    if activated(layer, name):
+        return True
+    known = dora_magnitude(layer, name) is not None or routed(layer, name)
+    return not known and not served_variant(layer, name, variant, training=True)
 
 
 _DROPOUTS = (nn.Dropout, nn.Identity)

@@ -16,6 +16,7 @@ from ..ops.dora.api import row_norm
 from ..ops.linear.api import autocast_dtype
 from ..ops.multi.api import run
 from .peft_merge import Merging, Rows
+from .peft_routed import GPTQLoraLinear, PeftQuantised, add_routed, routed
 from .peft_terms import (
     DTYPES,
     PLAIN_TENSORS,
@@ -56,19 +57,25 @@ class Linear(Merging, Rows, PeftLinear):
             return self._forward_over(base, x, names)
         terms = [term(self, name, weight.dtype, x, any_bias=True) for name in names]
         if None in terms:
-            y = self._forward_dora(x, base, weight, names[0]) if len(names) == 1 else None
+            y = self._forward_alone(x, base, weight, names[0]) if len(names) == 1 else None
             return PeftLinear.forward(self, x) if y is None else y
         a, b, scaling, p = terms[0]
         bias = with_biases(self, names, base._parameters["bias"], weight.dtype)
         y = ops.lora_linear(x, weight, bias, a, b, scaling, dropout_p=p)
         return _add(y, x, terms[1:])
 
-    def _forward_dora(self, x, base, weight, name):
-        """``magnitude / ‖W + s B A‖ · (x Wᵀ + s x Aᵀ Bᵀ) + bias``; None where PEFT has to do it."""
+    def _forward_alone(self, x, base, weight, name):
+        """One adapter that is a DoRA or the router of Arrow; None where PEFT has to do it."""
         if name not in self.lora_variant or autocast_dtype(x.device.type) is not None:
             return None
+        if torch.compiler.is_compiling():
+            return None
+        return add_routed(self, name, x, base(x)) if routed(self, name) else self._forward_dora(x, base, weight, name)
+
+    def _forward_dora(self, x, base, weight, name):
+        """``magnitude / ‖W + s B A‖ · (x Wᵀ + s x Aᵀ Bᵀ) + bias``; None where PEFT has to do it."""
         magnitude, found = dora_magnitude(self, name), term(self, name, weight.dtype, x, any_variant=True)
-        if magnitude is None or found is None or found[3] or torch.compiler.is_compiling():
+        if magnitude is None or found is None or found[3]:
             return None
         a, b, scaling, _ = found
         factor = magnitude / row_norm(weight.detach(), a.detach(), b.detach(), self.scaling[name])
@@ -298,4 +305,5 @@ CLASSES = {
     peft_layers.Conv2d: Conv2d,
     peft_layers.Conv3d: Conv3d,
     peft_layers.ParamWrapper: ParamWrapper,
+    PeftQuantised: GPTQLoraLinear,
 }

@@ -21,18 +21,18 @@ DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _scales = {}
 
 
-def _variants(*names):
+def variants_of(*names):
     """Classes of PEFT's variants, those that this peft has."""
     return tuple(getattr(variants, name) for name in names if hasattr(variants, name))
 
 
 # Variants whose forward is that of plain LoRA: always, unless the layer trains, with a diagonal in between.
-_PLAIN_VARIANTS = _variants("MiCALinearVariant", "BdLoraLinearVariant")
-_PLAIN_IN_EVAL = _variants("VeloraLinearVariant", "MontecloraLinearVariant")
-_KASA = _variants("KasaLinearVariant")
-_DORA = _variants("DoraLinearVariant")
-_ALORA = _variants("ALoraLinearVariant")
-FACTORS = frozenset({nn.Linear, *_variants("BlockDiagonalLinear")})  # the modules that A and B may be
+_PLAIN_VARIANTS = variants_of("MiCALinearVariant", "BdLoraLinearVariant")
+_PLAIN_IN_EVAL = variants_of("VeloraLinearVariant", "MontecloraLinearVariant")
+_KASA = variants_of("KasaLinearVariant")
+_DORA = variants_of("DoraLinearVariant")
+_ALORA = variants_of("ALoraLinearVariant")
+FACTORS = frozenset({nn.Linear, *variants_of("BlockDiagonalLinear")})  # the modules that A and B may be
 
 
 def plain_weight(base, x):
@@ -128,13 +128,22 @@ def dora_magnitude(layer, name):
     if not isinstance(layer.lora_variant.get(name), _DORA) or peft_dora.ENABLE_DORA_CACHING or layer.fan_in_fan_out:
         return None
     module = layer.lora_magnitude_vector[name]
-    return module.weight if type(module) is peft_dora.DoraLinearLayer and _unhooked(module) else None
+    if type(module) is not peft_dora.DoraLinearLayer or not _unhooked(module):
+        return None
+    if getattr(module, "_dora_cache", None):  # as PEFT: of a forward with the cache, no longer true
+        module._cache_clear()
+    return module.weight
 
 
 def scale(value, device):
-    """A scaling as ops take it: a 0-d tensor (a float while Dynamo traces); None where it trains."""
+    """A scaling as ops take it: a 0-d tensor (a float while Dynamo traces); None where it trains, or is zero.
+
+    Zero gives the base layer's own bits in PEFT, which our kernels need not give.
+    """
     if isinstance(value, torch.Tensor):
         return None if value.dim() or value.requires_grad else value
+    if not value:
+        return None
     if torch.compiler.is_compiling():
         return value
     return _scales.get((value, device)) or _kept_scale(value, device)
