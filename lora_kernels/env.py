@@ -106,7 +106,7 @@ def _built() -> dict:
 
 
 def _cuda_ops():
-    proven = cuda_choice.PROVEN["cuda"]
+    proven = cuda_choice.proven_here("cuda")
     return [name if name in proven else f"{name} ({NEVER_RUN})" for name in cuda_backend.names()]
 
 
@@ -121,13 +121,19 @@ def _backends() -> dict[str, dict]:
         },
         "cuda": {
             "available": problem is None,
-            "detail": problem or f"only when asked for ({NEVER_RUN})",
+            "detail": problem or _proof("cuda"),
         },
         "triton": {
             "available": triton_problem is None,
-            "detail": triton_problem or f"only when asked for ({NEVER_RUN})",
+            "detail": triton_problem or _proof("triton"),
         },
     }
+
+
+def _proof(backend):
+    """What ``auto`` takes a GPU backend for."""
+    ops = cuda_choice.proven_here(backend)
+    return f"auto takes it for {', '.join(sorted(ops))}" if ops else f"only when asked for ({cuda_choice.UNPROVEN})"
 
 
 def _cpu() -> dict:

@@ -7,7 +7,9 @@ import time
 
 import torch
 
+from .. import check
 from ..env import collect as environment
+from ..ops import proof
 from . import compare, report, serve, train
 from .data import collect
 from .jobs import rows_of
@@ -27,15 +29,19 @@ def main(argv=None):
 
 def _arguments(argv):
     parser = argparse.ArgumentParser(prog="lora_kernels demo", description=__doc__.partition(": ")[2])
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda where torch finds a GPU")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the encoder")
     parser.add_argument("--out", default="demo_out", type=pathlib.Path, help="adapters, plot, report.json go here")
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--quick", action="store_true", help="a few examples: a test of the path, not of the adapters")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return args
 
 
 def _run(args):
+    if torch.device(args.device).type == "cuda":
+        _prove_kernels()
     start = time.perf_counter()
     dtype = _dtype(args)
     torch.manual_seed(args.seed)
@@ -56,7 +62,7 @@ def _run(args):
     print(report.claims(claims))
     _say("timing, contenders in turns, best of many")
     sizes = (1, 4) if args.quick else (1, 8, 32)
-    rows = compare.measure(contenders, texts, sizes, seconds=0.2 if args.quick else 5.0)
+    rows = compare.measure(contenders, texts, sizes, seconds=0.2 if args.quick else 4.0)
     print(report.times(rows))
     drawn = report.plot(rows, args.out / "demo.png")
     facts = {"versions": environment()["versions"], "dtype": str(dtype), "device": args.device}
@@ -67,10 +73,17 @@ def _run(args):
     return 1 if failed else 0
 
 
+def _prove_kernels():
+    """Checks the GPU's kernels before their first use on it: ``auto`` takes what has passed."""
+    if not any(proof.of_device(torch.cuda.current_device()).values()):
+        _say("first use of this GPU: checking its kernels")
+        check.main([])
+
+
 def _train(args, docs, dtype):
     """Trains and saves one adapter a task: results, {task: folder}, held-out texts."""
     results, paths, texts = [], {}, []
-    per_label, held_out_per_label, epochs = (24, 16, 1) if args.quick else (500, 250, 4)
+    per_label, held_out_per_label, epochs = (24, 16, 1) if args.quick else (500, 250, 3)
     for task in TASKS:
         examples, held_out = split(docs, task, per_label, held_out_per_label, args.seed)
         _say(f"{task.name}: {task.question}")

@@ -30,7 +30,7 @@ def pays(x):
     if not x.is_cuda:
         return False
     return dispatch.forced in cuda_choice.PREFERENCE or any(
-        "grouped_lora_linear" in names for names in cuda_choice.PROVEN.values()
+        cuda_choice.proven(backend, "grouped_lora_linear", x.device.index) for backend in cuda_choice.PREFERENCE
     )
 
 

@@ -24,8 +24,8 @@ def _cpu_choice():
 
 def _cuda_choice():
     """What ``auto`` takes for CUDA tensors, by op, as far as that does not depend on the call."""
-    proven = {b: sorted(names) for b, names in cuda_choice.PROVEN.items() if names and dispatch.unavailable(b) is None}
-    first = "".join(f"{backend} for {', '.join(names)}, then " for backend, names in proven.items())
+    proven = {b: cuda_choice.proven_here(b) for b in cuda_choice.PREFERENCE if dispatch.unavailable(b) is None}
+    first = "".join(f"{b} for {', '.join(sorted(names))}, then " for b, names in proven.items() if names)
     return f"{first}reference"
 
 
@@ -37,7 +37,7 @@ def _gpu_kernels(backend):
     else:
         names = {name for name in library.SCHEMAS if library.has_cuda_kernel(name)}
         where = [f"    {ops}: {limit}" for ops, limit in cuda_backend.LIMITS.items()]
-    unproven = ", ".join(sorted(names - cuda_choice.PROVEN[backend]))
+    unproven = ", ".join(sorted(names - cuda_choice.proven_here(backend)))
     return where + ([f"    {unproven}: {cuda_choice.UNPROVEN}"] if unproven else [])
 
 

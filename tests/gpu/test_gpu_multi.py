@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.check import _eager_multi, _exact_multi
+from lora_kernels.check import eager_multi, exact_multi
 from lora_kernels.ops.multi import config
 from lora_kernels.testing import DTYPES, assert_within_budget, make_multi
 
@@ -49,7 +49,7 @@ def _run(case, listed=False):
 def test_within_budget(route, dtypes, listed):
     for shape in SHAPES if route == "decode" else SHAPES + MANY_ROWS:
         case = make_multi(*shape, *DTYPES[dtypes], device="cuda")
-        assert_within_budget(_run(case, listed), _eager_multi(case), _exact_multi(case), f"{route} {shape}")
+        assert_within_budget(_run(case, listed), eager_multi(case), exact_multi(case), f"{route} {shape}")
 
 
 def test_an_inf_in_one_adapter_changes_no_bit_of_another(route):
@@ -88,5 +88,5 @@ def test_slices(route, slices):
             b_bank=case.b_bank[:, part], slot_ranks=torch.full_like(case.slot_ranks, 16),
         )  # fmt: skip
         if width:
-            assert_within_budget(y[:, part], _eager_multi(one), _exact_multi(one), f"slice {index}")
+            assert_within_budget(y[:, part], eager_multi(one), exact_multi(one), f"slice {index}")
         begin += width

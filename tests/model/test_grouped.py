@@ -8,7 +8,7 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.layers import grouped
-from lora_kernels.ops import dispatch
+from lora_kernels.ops import dispatch, proof
 from lora_kernels.testing import assert_within_budget
 
 
@@ -96,11 +96,12 @@ def test_a_model_groups_its_projections_and_computes_them_apart_on_a_cpu(calls):
     assert calls == []
 
 
-def test_it_pays_only_where_the_kernels_are_proven_or_asked_for():
+def test_it_pays_only_where_the_kernels_are_proven_or_asked_for(monkeypatch):
     assert not grouped.pays(torch.zeros(1))
-    if not any("grouped_lora_linear" in names for names in dispatch.cuda_choice.PROVEN.values()):
-        on_gpu = type("OnGpu", (), {"is_cuda": True})()
-        assert not grouped.pays(on_gpu)
+    on_gpu = type("OnGpu", (), {"is_cuda": True, "device": torch.device("cuda", 0)})()
+    for ops, pays in ((frozenset(), False), (frozenset({"grouped_lora_linear"}), True)):
+        monkeypatch.setattr(proof, "of_device", lambda index, ops=ops: {"cuda": frozenset(), "triton": ops})
+        assert grouped.pays(on_gpu) is pays
 
 
 def test_a_copy_has_groups_of_its_own(calls):

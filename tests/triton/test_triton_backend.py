@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.ops import cuda_choice, dispatch, library, triton_backend
+from lora_kernels.ops import cuda_choice, dispatch, library, proof, triton_backend
 from lora_kernels.testing import make_linear
 
 
@@ -58,14 +58,18 @@ def test_a_call_that_it_can_not_run_is_refused_by_name(monkeypatch, device):
         lk.ops.lora_linear(*case.args())
 
 
-def test_what_no_gpu_has_run_is_not_chosen():
-    able = {"cuda": None, "triton": None}
-    assert cuda_choice.choose("lora_linear", able, {"cuda": set(), "triton": set()})[0] == "reference"
-    assert cuda_choice.choose("lora_linear", able, {"cuda": set(), "triton": {"lora_linear"}})[0] == "triton"
-    both = {"cuda": {"lora_linear"}, "triton": {"lora_linear"}}
-    assert cuda_choice.choose("lora_linear", able, both) == ("cuda", "")
-    refused = {"cuda": "rank 9 is odd", "triton": None}
-    assert cuda_choice.choose("lora_linear", refused, both) == ("triton", "cuda: rank 9 is odd")
+def test_the_choice_between_backends():
+    unproven = cuda_choice.UNPROVEN
+    assert cuda_choice.choose({"cuda": unproven, "triton": unproven})[0] == "reference"
+    assert cuda_choice.choose({"cuda": unproven, "triton": None}) == ("triton", f"cuda: {unproven}")
+    assert cuda_choice.choose({"cuda": None, "triton": None}) == ("cuda", "")
+    assert cuda_choice.choose({"cuda": "rank 9 is odd", "triton": None}) == ("triton", "cuda: rank 9 is odd")
+
+
+class _OnGpu:
+    """Stands for a tensor on the first GPU."""
+
+    device = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("forced", [None, "reference", "triton", "cuda"])
@@ -73,14 +77,15 @@ def test_the_function_on_the_cuda_key(forced, monkeypatch):
     """What runs on CUDA tensors, with stand-ins for the backends: the chosen one and no other, or a refusal."""
     monkeypatch.setattr(cuda_choice, "calls", {})
     monkeypatch.setattr(cuda_choice, "run", lambda backend, name, args: backend)
+    monkeypatch.setattr(proof, "of_device", lambda index: {"cuda": frozenset(), "triton": frozenset({"merge_"})})
     refusals = {"triton": None, "cuda": "not built (no nvcc at build time)"}
     monkeypatch.setattr(cuda_choice, "refusal", lambda backend, name, args: refusals[backend])
     chosen = cuda_choice._chooser("lora_linear", lambda *args: "reference", lambda: forced)
     if forced == "cuda":
         with pytest.raises(RuntimeError, match=r"lora_linear: backend 'cuda' can not run this call: not built"):
-            chosen(1)
+            chosen(_OnGpu())
         return
-    assert chosen(1) == ("triton" if forced == "triton" else "reference")
+    assert chosen(_OnGpu()) == ("triton" if forced == "triton" else "reference")
     assert "cuda tensors, lora_linear: " in lk.explain()
     if forced is None:
         assert "not yet run on hardware" in lk.explain()
@@ -98,11 +103,11 @@ _TOO_OLD = (
 def test_auto_takes_another_path_and_explain_says_which_and_why(reason, monkeypatch):
     """Of an op that a GPU has proven; the reasons are those of a GPU, of a package and of a call."""
     monkeypatch.setattr(cuda_choice, "calls", {})
-    monkeypatch.setattr(cuda_choice, "PROVEN", {"cuda": frozenset(), "triton": frozenset({"lora_linear"})})
+    monkeypatch.setattr(proof, "of_device", lambda index: {"cuda": frozenset(), "triton": frozenset({"lora_linear"})})
     monkeypatch.setattr(cuda_choice, "refusal", lambda backend, name, args: reason)
     monkeypatch.setattr(triton_backend, "problem", lambda: reason)
     chosen = cuda_choice._chooser("lora_linear", lambda *args: "reference", lambda: None)
-    assert chosen(1) == "reference"
+    assert chosen(_OnGpu()) == "reference"
     text = lk.explain()
     assert f"triton: can not run: {reason}" in text
     assert "cuda tensors, lora_linear: reference ran 1 calls (" in text
