@@ -3,8 +3,8 @@
 ``products.py`` and ``weights.py`` hold the cases, ``run.py`` runs them, and on a GPU keeps what they prove.
 """
 
-from .products import DTYPES, eager_multi, exact_multi
 from .products import CHECKS as _PRODUCTS
+from .products import DTYPES, eager_multi, exact_multi
 from .weights import CHECKS as _WEIGHTS
 
 CASES = {**_PRODUCTS, **_WEIGHTS}

@@ -105,8 +105,8 @@ def _hint(index):
     if any(proof.of_device(index).values()):
         return  # checked: what is still not proven did not pass, or has no kernel
     warnings.warn(
-        f"{torch.cuda.get_device_name(index)}: LoRA runs on plain torch, as the fused kernels were not yet checked on this "
-        f"GPU; `{proof.HOW}` does so once, in about a minute",
+        f"{torch.cuda.get_device_name(index)}: LoRA runs on plain torch, as the fused kernels were not yet checked on "
+        f"this GPU; `{proof.HOW}` does so once",
         stacklevel=2,
     )
 

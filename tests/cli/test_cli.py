@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from lora_kernels import ops
-from lora_kernels.check import run as check_run
 from lora_kernels.__main__ import COMMANDS, main
 from lora_kernels.bench import cases, targets
 from lora_kernels.bench.contenders import contenders
+from lora_kernels.check import run as check_run
 from lora_kernels.ops import dispatch
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.layers import grouped
-from lora_kernels.ops import dispatch, proof
+from lora_kernels.ops import proof
 from lora_kernels.testing import assert_within_budget
 
 
