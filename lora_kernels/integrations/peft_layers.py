@@ -78,6 +78,8 @@ class Linear(Merging, Rows, PeftLinear):
         if magnitude is None or found is None or found[3]:
             return None
         a, b, scaling, _ = found
+        if b.device.type == "cpu" and b.numel() and not b[0, 0] and not b.any():
+            return None  # nothing is trained yet: PEFT gives the bits of the base, which our norm would round away
         factor = magnitude / row_norm(weight.detach(), a.detach(), b.detach(), self.scaling[name])
         y = ops.lora_linear(x, weight, None, a, b, scaling) * factor
         bias = base._parameters["bias"]

@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from accelerate_cases import Net, OurLinear, batch, layers
 from test_accelerate_kinds import One, within_budget
 from torch import nn
 
@@ -205,3 +206,17 @@ def test_replicated_layers_are_ours(monkeypatch):
         monkeypatch.setattr(peft_layer.Linear, "forward", None)
         got = ours(ids).logits
     assert (got - exact).norm() <= 2 * (expected - exact).norm() + 2**-23 * exact.norm()
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_an_untrained_adapter_gives_the_bits_of_the_base(config):
+    torch.manual_seed(5)
+    net = Net()
+    x, expected = batch(), net(batch())
+    model = peft.get_peft_model(net, peft.LoraConfig(r=5, target_modules=["up", "down", "up2"], **config))
+    lk.accelerate(model)
+    assert layers(model, OurLinear)
+    assert torch.equal(model(x), expected)
+    x.requires_grad_()
+    model(x).sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)
