@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from accelerate_cases import Net, OurLinear, batch, layers
+from accelerate_cases import OurLinear, layers
 from test_accelerate_kinds import One, within_budget
 from torch import nn
 
@@ -211,9 +211,9 @@ def test_replicated_layers_are_ours(monkeypatch):
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
 def test_an_untrained_adapter_gives_the_bits_of_the_base(config):
     torch.manual_seed(5)
-    net = Net()
-    x, expected = batch(), net(batch())
-    model = peft.get_peft_model(net, peft.LoraConfig(r=5, target_modules=["up", "down", "up2"], **config))
+    net, x = One(nn.Linear(700, 300)), torch.randn(9, 700)
+    expected = net(x)
+    model = peft.get_peft_model(net, peft.LoraConfig(r=5, target_modules=["part"], **config))
     lk.accelerate(model)
     assert layers(model, OurLinear)
     assert torch.equal(model(x), expected)
