@@ -127,13 +127,18 @@ inline void expand(const Shape& s, const TensorArg& y, DType y_dtype, const floa
   run_adds(tasks.data(), static_cast<int64_t>(tasks.size()));
 }
 
-// y = x W^T + bias + scale * h B^T, with h (M, S * R) made before. A fresh adapter (B = 0) gives
-// the bits of the base layer: the vendor's GEMM alone, unless a row's bits must not depend on M.
+// Multiplications up to which a product costs less than a call of the vendor's GEMM.
+constexpr int64_t kTinyProduct = 1024;
+
+// y = x W^T + bias + scale * h B^T, with h (M, S * R) made before. In float32 a fresh adapter
+// (B = 0) gives the bits of the base layer: the vendor's GEMM alone, unless a row's bits must not
+// depend on M. Half precision keeps its own kernels, which are several times faster than torch's.
 inline void finish(const Shape& s, const TensorArg& y, const TensorArg& x, TensorArg& w,
                    const TensorArg& bias, const TensorArg& b, float scale, bool invariant,
                    const float* h, int64_t h_stride) {
   if (s.M == 0 || s.N == 0) return;
-  if (!invariant && update_is_zero(h, h_stride, s.M, s.S * s.R, b, s.b_dtype)) {
+  if (!invariant && s.dtype == DType::f32 && s.M * s.N * s.K > kTinyProduct &&
+      update_is_zero(h, h_stride, s.M, s.S * s.R, b, s.b_dtype)) {
     record_path(Path::vendor);
     vendor_linear(y, x, w, bias);
     return;
