@@ -4,9 +4,11 @@
 #   bench/gpu.sh [--dry-run] [FOLDER] [PART …]     FOLDER: default bench/results/gpu/NAME_OF_THE_GPU
 #
 # Resumable: a part that ended well leaves FOLDER/PART.done and is not run again; remove that file to repeat it. A part
-# that ran out of its time goes on where it can: kernels stay compiled, tune keeps the shapes that it measured.
+# that ran out of its time goes on where it can: kernels stay compiled, a benchmark keeps its cases and tune its shapes.
+# A part that fails stops no other; the exit status is 1 then. A build that ends well makes all other parts run again.
 # --dry-run prints each part, its limit in seconds and its command, and needs no GPU.
-# PYTHON names the interpreter (default python3); torch with CUDA, Triton and pytest are taken from there.
+# PYTHON names the interpreter (default python3); torch with CUDA, Triton and pytest are taken from there, and
+# pytest-xdist where it is there: most of the time of the tests is that of compiling kernels.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
@@ -39,7 +41,7 @@ fi
 slug=$(echo "$gpu" | tr 'A-Z' 'a-z' | tr -cs 'a-z0-9' '-' | sed 's/-$//')
 folder=${1:-bench/results/gpu/$slug}
 shift $(($# ? 1 : 0))
-known="build tests sanitize kernels decode prefill merge multi grouped train tune"
+known="build tests kernels decode prefill train merge multi grouped tune sanitize"
 parts=${*:-$known}
 for part in $parts; do
   case " $known " in
@@ -69,7 +71,10 @@ run() {  # run PART SECONDS COMMAND …
   timeout "$limit" "$@" > >(tee "$folder/$part.log") 2>&1
   local status=$?
   case $status in
-    0) touch "$folder/$part.done" ;;
+    0)
+      [ "$part" != build ] || rm -f "$folder"/*.done
+      touch "$folder/$part.done"
+      ;;
     124) echo "== $part: out of its $limit s; the same command goes on" ;;
     *) echo "== $part: failed (exit $status), see $folder/$part.log" ;;
   esac
@@ -78,23 +83,32 @@ run() {  # run PART SECONDS COMMAND …
 
 bench() { run "$1" "$2" "$PYTHON" -m lora_kernels.bench.gpu "$1" --out "$folder"; }
 
+workers=
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+  cores=$(nproc)
+  workers="-n $((cores < 8 ? cores : 8)) --dist worksteal"
+fi
+# $workers is several words. -rfEs: what was skipped is said, with the reason.
+tests() { run "$1" "$2" "$PYTHON" -m pytest $workers -q -rfEs -p no:cacheprovider "${@:3}"; }
+
 # The limits add up to ten minutes.
-run build 90 env LORA_KERNELS_BUILD="${LORA_KERNELS_BUILD:-auto}" "$PYTHON" -m build_support
-run tests 150 "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider
+run build 150 env LORA_KERNELS_BUILD="${LORA_KERNELS_BUILD:-auto}" "$PYTHON" -m build_support
+tests tests 150 tests/gpu
+tests kernels 70 tests/triton --ignore=tests/triton/test_static.py
+bench decode 35
+bench prefill 45
+bench train 30
+bench merge 15
+bench multi 15
+bench grouped 15
+run tune 40 "$PYTHON" -m lora_kernels tune --tokens 16 8192 --rank 16 --slots 8 --seconds 0.1 --budget 30 \
+  --out "$folder/tuned.json"
 if [ $dry = 1 ] || command -v compute-sanitizer >/dev/null; then
-  run sanitize 60 bench/sanitize.sh "$folder"
+  left=$((dry ? 35 : 590 - SECONDS)) # the last part, and the slowest, has what the others left
+  run sanitize $((left < 35 ? 35 : left)) bash bench/sanitize.sh "$folder"
 else
   echo "== sanitize: no compute-sanitizer on PATH, not run"
 fi
-run kernels 60 "$PYTHON" -m pytest tests/triton -q -p no:cacheprovider --ignore=tests/triton/test_static.py
-bench decode 45
-bench prefill 50
-bench merge 20
-bench multi 20
-bench grouped 20
-bench train 35
-run tune 50 "$PYTHON" -m lora_kernels tune --tokens 16 8192 --rank 16 --slots 8 --seconds 0.1 --budget 40 \
-  --out "$folder/tuned.json"
 [ $dry = 1 ] && exit 0
 "$PYTHON" -m lora_kernels.bench.gpu report --out "$folder" | tee "$folder/report.txt"
 exit $failed

@@ -1,5 +1,6 @@
 #!/bin/bash
-# The CUDA kernels under compute-sanitizer (memcheck, racecheck) at small sizes, on a GPU: a few minutes.
+# The CUDA kernels under compute-sanitizer (memcheck, racecheck) at small sizes, on a GPU: a few minutes. A tool that found
+# nothing leaves FOLDER/TOOL.done and is not run again.
 #
 #   bench/sanitize.sh [FOLDER]     FOLDER: where the logs go, default bench/results/gpu/sanitize
 #
@@ -13,15 +14,22 @@ if ! command -v compute-sanitizer >/dev/null; then
   echo "bench/sanitize.sh: no compute-sanitizer on PATH (it is in the CUDA toolkit)" >&2
   exit 2
 fi
+"$PYTHON" -c 'import sys; from lora_kernels.ops import dispatch; sys.exit(dispatch.unavailable("cuda"))' || exit 2
 mkdir -p "$folder"
 failed=0
 # torch's allocator would hide accesses beyond a tensor.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 small='test_golden or test_odd_sizes and 33 or test_gradient and 33 or test_few_rows and 33 or test_few_rows_of'
 for tool in memcheck racecheck; do
+  if [ -e "$folder/$tool.done" ]; then
+    echo "== $tool: done before"
+    continue
+  fi
   echo "== $tool"
-  if ! compute-sanitizer --tool "$tool" --error-exitcode 9 --log-file "$folder/$tool.log" \
+  if compute-sanitizer --tool "$tool" --error-exitcode 9 --log-file "$folder/$tool.log" \
     "$PYTHON" -m pytest tests/gpu/test_gpu_cuda.py -q -p no:cacheprovider -k "$small"; then
+    touch "$folder/$tool.done"
+  else
     echo "== $tool: failed, see $folder/$tool.log"
     failed=1
   fi

@@ -29,10 +29,10 @@ class Inputs:
         in_features, out_features = case.sizes
         dtype = getattr(torch, case.dtype)
         adapter_dtype = getattr(torch, case.adapter_dtype or case.dtype)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape, std, dtype=dtype):
-            return (torch.randn(*shape, generator=generator) * std).to(device, dtype)
+            return torch.randn(*shape, generator=generator, device=device).mul_(std).to(dtype)
 
         self.case, self.device = case, device
         self.x = normal(max(case.num_tokens, 1), in_features, std=1.0)

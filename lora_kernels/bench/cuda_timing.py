@@ -20,6 +20,17 @@ def graph_of(run, calls):
     return graph
 
 
+def graphs_of(runs, calls):
+    """({name: graph}, {name: why there is none}) of :func:`graph_of`: one that can not be captured hides no other."""
+    graphs, absent = {}, {}
+    for name, run in runs.items():
+        try:
+            graphs[name] = graph_of(run, calls)
+        except Exception as error:
+            absent[f"{name} in a CUDA graph"] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+    return graphs, absent
+
+
 def _seconds(run):
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
@@ -33,20 +44,21 @@ def interleaved(runs, calls, *, graphs=True, seconds=0.3, min_rounds=5):
     """{name: seconds a call, the median of the rounds}.
 
     Args:
-        runs: ``{name: function}``; a function makes one call, on the next copy of the weight.
+        runs: ``{name: function}``; a function makes one call, on the next copy of the weight. Or a CUDA graph of
+            ``calls`` calls.
         calls: calls in a row in each round: at least as many as there are copies of the weight.
         graphs: time the replay of a CUDA graph of these calls instead of the calls themselves.
         seconds: time for all contenders together.
     """
 
-    def repeated(run):
-        return lambda: [run() for _ in range(calls)] and None
+    def round_of(run):
+        if not isinstance(run, torch.cuda.CUDAGraph):
+            if not graphs:
+                return lambda: [run() for _ in range(calls)] and None
+            run = graph_of(run, calls)
+        return run.replay
 
-    if graphs:
-        kept = {name: graph_of(run, calls) for name, run in runs.items()}
-        rounds_of = {name: graph.replay for name, graph in kept.items()}
-    else:
-        rounds_of = {name: repeated(run) for name, run in runs.items()}
+    rounds_of = {name: round_of(run) for name, run in runs.items()}
     for run in rounds_of.values():
         run()
     torch.cuda.synchronize()

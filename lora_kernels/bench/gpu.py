@@ -3,7 +3,8 @@
 Ours on each GPU backend against the base alone (cuBLAS), in-place addmm_, PEFT and published kernels, eager and in
 CUDA graphs. Weights rotate over copies larger than the L2 cache. The base product is timed through cuBLAS and through
 cuBLASLt where the microseconds of choosing one do not count; the faster is what all are compared with. A part writes
-FOLDER/PART.json; ``report`` prints all parts that are there, with the limit beside each ratio.
+FOLDER/PART.json after each case, and a part that was cut short goes on after the last one; ``report`` prints all parts
+that are there, with the limit beside each ratio.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from ..ops import cuda_choice, dispatch, triton_backend
 from . import published
 from .cases import Case
 from .contenders import contenders
-from .cuda_timing import interleaved
+from .cuda_timing import graphs_of, interleaved
 from .measure import facts
 
 _MODEL = ("llama3-8b-qo", "llama3-8b-gate-up", "llama3-8b-down", "llama3-8b-kv")
@@ -107,24 +108,36 @@ def measure(case, seconds):
         found["eager"] = interleaved(eager, 8, graphs=False, seconds=seconds)
         if case.op != "train":
             kept = {name: run for name, run in runs.items() if name not in LEFT_OUT_OF_GRAPHS}
-            try:
-                found["graph"] = interleaved(kept, 8, seconds=seconds)
-            except RuntimeError as error:
-                absent["CUDA graphs"] = f"{error}".split("\n")[0][:200]
+            graphs, missing = graphs_of(kept, 8)
+            absent.update(missing)
+            found["graph"] = interleaved(graphs, 8, seconds=seconds) if graphs else {}
     return found
 
 
+def _measured(path, told):
+    """The results of a part that was cut short; none where the machine or the code was another."""
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    alike = all(found["facts"].get(name) == told[name] for name in ("commit", "gpus", "versions", "backends"))
+    return found["results"] if alike else []
+
+
 def run_part(name, folder, seconds):
-    """Measures a part and writes its file, whole or not at all."""
-    results = []
+    """Measures what of a part its file does not hold yet, and writes the file after each case."""
+    told, path = facts(), folder / f"{name}.json"
+    results = _measured(path, told)
+    known = {result["name"] for result in results}
+    folder.mkdir(parents=True, exist_ok=True)
     for case in PARTS[name]:
+        if case.name in known:
+            continue
         found = measure(case, seconds)
         results.append({"case": dataclasses.asdict(case), "name": case.name, "limit": case.limit, **found})
         print("\n".join(lines(results[-1])), flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{name}.partial"
-    partial.write_text(json.dumps({"facts": facts(), "results": results}, indent=1) + "\n")
-    partial.replace(folder / f"{name}.json")
+        partial = folder / f"{name}.partial"
+        partial.write_text(json.dumps({"facts": told, "results": results}, indent=1) + "\n")
+        partial.replace(path)
 
 
 def lines(result):
@@ -149,6 +162,8 @@ def report(folder):
         found = json.loads(path.read_text())
         gpu = ", ".join(gpu["name"] for gpu in found["facts"]["gpus"])
         text.append(f"\n{name}: {gpu}, commit {found['facts']['commit']}, times as a multiple of the base")
+        if len(found["results"]) < len(PARTS[name]):
+            text.append(f"  {len(found['results'])} of {len(PARTS[name])} cases")
         for result in found["results"]:
             text += lines(result)
         absent = {f"{n}: {why}" for result in found["results"] for n, why in result["absent"].items()}

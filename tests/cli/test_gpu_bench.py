@@ -4,16 +4,18 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from lora_kernels.bench import gpu, published
+from lora_kernels.bench import cuda_timing, gpu, published
 from lora_kernels.tune.run import _arguments as tune_arguments
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+FACTS = {"gpus": [{"name": "H200"}], "commit": "abc", "versions": {}, "backends": {}}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the benchmark would run")
@@ -62,7 +64,7 @@ def test_the_report_has_ratios_and_limits(tmp_path, monkeypatch):
     better = times | {"base cublaslt": 8e-6}
     found = {"eager": times, "graph": better, "absent": {"ours cuda": "not built"}}
     monkeypatch.setattr(gpu, "measure", lambda case, seconds: found)
-    monkeypatch.setattr(gpu, "facts", lambda: {"gpus": [{"name": "H200"}], "commit": "abc"})
+    monkeypatch.setattr(gpu, "facts", lambda: FACTS)
     gpu.run_part("decode", tmp_path, 0.1)
     text = gpu.report(tmp_path)
     assert "decode: H200, commit abc" in text
@@ -72,6 +74,52 @@ def test_the_report_has_ratios_and_limits(tmp_path, monkeypatch):
     assert "train: not run" in text
     results = json.loads((tmp_path / "decode.json").read_text())["results"]
     assert len(results) == len(gpu.PARTS["decode"])
+
+
+def test_a_part_that_was_cut_short_goes_on(tmp_path, monkeypatch):
+    """It keeps the cases that it measured, unless the code or the machine is another by then."""
+    begun = []
+
+    def measure(case, seconds):
+        begun.append(case.name)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return {"eager": {"base": 1e-5}, "graph": {}, "absent": {}}
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(gpu, "facts", lambda: FACTS)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run_part("decode", tmp_path, 0.1)
+    names = [case.name for case in gpu.PARTS["decode"]]
+    assert f"  2 of {len(names)} cases" in gpu.report(tmp_path)
+    gpu.run_part("decode", tmp_path, 0.1)
+    assert begun == names[:3] + names[2:]
+    results = json.loads((tmp_path / "decode.json").read_text())["results"]
+    assert [result["name"] for result in results] == names
+    assert " cases" not in gpu.report(tmp_path)
+    monkeypatch.setattr(gpu, "facts", lambda: FACTS | {"commit": "def"})
+    gpu.run_part("decode", tmp_path, 0.1)
+    assert begun == names[:3] + names[2:] + names
+
+
+def test_one_graph_that_can_not_be_captured_hides_no_other(monkeypatch):
+    def graph_of(run, calls):
+        return run()
+
+    monkeypatch.setattr(cuda_timing, "graph_of", graph_of)
+    graphs, absent = cuda_timing.graphs_of({"base": lambda: "graph", "ours": lambda: 1 / 0}, 8)
+    assert graphs == {"base": "graph"}
+    assert absent == {"ours in a CUDA graph": "ZeroDivisionError: division by zero"}
+
+
+def test_the_sanitizer_has_golden_vectors_and_both_products():
+    text = (ROOT / "bench" / "sanitize.sh").read_text()
+    (small,) = re.findall(r"^small='(.+)'$", text, re.MULTILINE)
+    command = [sys.executable, "-m", "pytest", str(ROOT / "tests/gpu/test_gpu_cuda.py"), "--collect-only", "-q"]
+    found = subprocess.run([*command, "-p", "no:cacheprovider", "-k", small], capture_output=True, text=True).stdout
+    for name in ("test_golden[", "test_odd_sizes[(33, ", "test_gradient_of_x[(33, "):
+        assert name in found, found
+    assert "test_exact_merge" not in found
 
 
 def test_the_library_of_the_base_is_chosen_for_the_call_alone(monkeypatch):
@@ -96,6 +144,7 @@ def test_the_base_has_the_better_of_two_libraries_where_choosing_is_not_timed(bu
     monkeypatch.setattr(gpu, "runs_of", lambda case, made: (dict(made), {}))
     monkeypatch.setattr(gpu.published, "contenders", lambda case: ({}, {}))
     monkeypatch.setattr(gpu, "interleaved", lambda runs, calls, **options: dict.fromkeys(runs, 1.0))
+    monkeypatch.setattr(gpu, "graphs_of", lambda runs, calls: (runs, {}))
     monkeypatch.setattr(gpu, "_through", through)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     for part, graph, eager in (("decode", built, False), ("train", False, built), ("merge", False, False)):

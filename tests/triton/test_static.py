@@ -36,6 +36,9 @@ def test_every_kernel_was_compiled_for_every_architecture(records):
     modules = [part for name, part in sys.modules.items() if name.startswith("lora_kernels.ops.") and "triton" in name]
     kernels = {name for part in modules for name in vars(part) if name.endswith("_kernel")}
     assert len(kernels) > 15
+    exempt = [r for r in records if r["exempt"]]
+    assert {(r["kernel"], r["arch"]) for r in exempt} <= {("skinny_kernel", 90)}
+    assert not any(r["counts"]["wgmma"] for r in exempt)
     assert {(r["kernel"], r["arch"]) for r in records} == {(name, arch) for name in kernels for arch in (80, 90, 100)}
 
 
@@ -43,6 +46,24 @@ def test_what_compiles_but_can_not_be_launched_is_seen():
     flat = {"x": "tensordesc<bf16[64, 64]>", "ys": ("*bf16", "*bf16"), "rank": "i32"}
     assert not static_gate.launch_problems(flat)
     assert "x: a descriptor inside a tuple" in static_gate.launch_problems({**flat, "x": (flat["x"], "constexpr")})[0]
+
+
+def test_tiles_of_64_rows_hold_wgmma_or_are_exempt_and_do_not():
+    half, single = {"x": "*bf16", "y": ("*fp32",)}, {"x": "*fp32"}
+    with_it, without = {"wgmma": 4}, {"wgmma": 0}
+    plain, few = {"BLOCK_M": 64, "HAS_MASK": False, "BLOCK_R": 16}, {"BLOCK_M": 32}
+    masked = plain | {"HAS_MASK": True}
+    problems = static_gate.wgmma_problems
+    assert problems("skinny_kernel", half, plain, without) == ["no wgmma instruction, and tiles of 64 rows"]
+    assert problems("skinny_kernel", half, masked, with_it) == ["wgmma after all: it needs no exemption"]
+    assert problems("dx_kernel", half, masked, without)
+    for kernel, signature, values, counts in (
+        ("skinny_kernel", half, plain, with_it),
+        ("skinny_kernel", half, masked, without),
+        ("skinny_kernel", half, few, without),
+        ("skinny_kernel", single, plain, without),
+    ):
+        assert not problems(kernel, signature, values, counts)
 
 
 def test_a_table_of_other_sources_is_found_out(records, tmp_path):

@@ -45,6 +45,7 @@ def choose(
     num_sms=132,
     batch_invariant=False,
     aligned=True,
+    by_rows=True,
     mixed=False,
 ):
     """The :class:`Config` for a call. Pure.
@@ -56,6 +57,7 @@ def choose(
         num_sms: multiprocessors, for splitting K.
         batch_invariant: nothing may depend on num_tokens.
         aligned: whether x and weight can be read 16 bytes at a time; else every element needs its own address.
+        by_rows: whether TMA can address x and weight; read through pointers, the widest tile spills under Triton 3.6.
         mixed: float32 adapters on a half-precision base: products of the low-rank part take more registers.
     """
     if capability == (0, 0):
@@ -78,7 +80,7 @@ def choose(
         return Config("two_pass", 64, 64, 32, 4, 2)
     if not wgmma:
         return Config("two_pass", 128, 128, 32, 8, 3 if large_memory else 2)
-    if num_tokens <= 512 or mixed:
+    if num_tokens <= 512 or mixed or not by_rows:
         return Config("two_pass", 128, 128, 64, 8, 3, tma=True)
     return Config("two_pass", 128, 256, 64, 8, 3, tma=True)
 

@@ -23,12 +23,12 @@ def config_of(x, weight, lora_a, lora_b, batch_invariant):
     sizes = (*x.shape, weight.shape[0], lora_a.shape[-2], x.element_size())
     names = dict(zip("MKNRB", sizes, strict=True))
     mixed = x.dtype not in (lora_a.dtype, torch.float32) or x.dtype != lora_b.dtype
-    aligned = host.aligned(x) and host.aligned(weight)
-    if aligned and not (mixed or batch_invariant):
+    aligned, by_rows = host.aligned(x) and host.aligned(weight), host.tma_ready(x, weight)
+    if by_rows and not (mixed or batch_invariant):
         measured = tuning.measured("lora_linear", host.gpu_name(x), **names)
         if measured is not None and config.takes(measured, x.shape[0], lora_a.shape[-2]):
             return measured
-    rules = {"batch_invariant": batch_invariant, "aligned": aligned, "mixed": mixed}
+    rules = {"batch_invariant": batch_invariant, "aligned": aligned, "by_rows": by_rows, "mixed": mixed}
     return config.choose(*sizes, host.capability(x), num_sms=host.num_sms(x), **rules)
 
 

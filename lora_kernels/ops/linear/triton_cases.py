@@ -9,10 +9,11 @@ from . import triton
 
 # Rows and rank of each path and tile size.
 _SIZES = ((1, 16), (32, 16), (64, 64), (16, 128), (64, 256), (200, 16), (400, 8), (400, 32), (8192, 16), (8192, 64))
+_BY_COLUMNS = ((1, 16), (200, 16), (8192, 16), (8192, 64))  # as the layers of GPT-2 store it
 _SLICES = [4096, 1024, 1024]
 
 
-def arguments(rows, rank, dtype, adapter=None, *, features=4096, outputs=4096, slices=None):
+def arguments(rows, rank, dtype, adapter=None, *, features=4096, outputs=4096, slices=None, by_columns=False):
     def empty(*shape, like=dtype):
         return torch.empty(shape, dtype=like, device="meta")
 
@@ -20,7 +21,8 @@ def arguments(rows, rank, dtype, adapter=None, *, features=4096, outputs=4096, s
     outputs = sum(slices) if slices else outputs
     lora_a = empty(len(slices), rank, features, like=adapter) if slices else empty(rank, features, like=adapter)
     adapters = (lora_a, empty(outputs, rank, like=adapter), empty(like=torch.float32))
-    return (empty(rows, features), empty(outputs, features), empty(outputs), *adapters)
+    weight = empty(features, outputs).t() if by_columns else empty(outputs, features)
+    return (empty(rows, features), weight, empty(outputs), *adapters)
 
 
 def _mma(rows, dtype):
@@ -53,6 +55,7 @@ def cases():
         found.append(_forward("f16, adapters f32,", rows, 4 * rank, f16, f32))
         found.append(_forward("bf16, odd sizes,", rows, rank - 3, bf16, features=4099, outputs=4001))
         found.append(_forward("bf16, 3 slices,", rows, rank, bf16, slices=_SLICES))
+    found += [_forward("bf16, weight by columns,", rows, rank, bf16, by_columns=True) for rows, rank in _BY_COLUMNS]
     found.append(_forward("f16", 8192, 16, f16))
     found.append(_forward("f32", 8192, 16, f32))
     found.append(_forward("bf16, batch_invariant,", 8192, 16, bf16, invariant=True))

@@ -41,7 +41,7 @@ def two_pass_config(x, weight, lora_a, lora_b, batch_invariant):
         return tiles
     sizes = (*x.shape, weight.shape[0], config.DECODE_RANK + 1, x.element_size())
     return config.choose(*sizes, host.capability(x), aligned=host.aligned(x) and host.aligned(weight),
-                         mixed=x.dtype != lora_a.dtype)  # fmt: skip
+                         by_rows=host.tma_ready(x, weight), mixed=x.dtype != lora_a.dtype)  # fmt: skip
 
 
 def lora_linear_train(x, weight, bias, lora_a, lora_b, scaling, dropout_p, dropout_seed, out_splits, batch_invariant):

@@ -70,11 +70,12 @@ def cases():
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     return [
         *(_case("bf16", rows, rank, bf16) for rows, rank in _SIZES),
-        _case("bf16, dropout,", 8192, 16, bf16, dropout_p=0.1),
+        *(_case("bf16, dropout,", 8192, rank, bf16, dropout_p=0.1) for rank in (16, 64)),
         _case("bf16, adapters f32,", 8192, 16, bf16, f32),
         _case("f16, adapters f32, dropout,", 8192, 64, f16, f32, dropout_p=0.1),
         _case("f32, dropout,", 8192, 16, f32, dropout_p=0.1),
         _case("bf16, 3 slices,", 8192, 16, bf16, slices=_SLICES),
+        _case("bf16, weight by columns,", 8192, 64, bf16, by_columns=True),
         _case("bf16, odd sizes, dropout,", 8192, 13, bf16, dropout_p=0.1, features=4099, outputs=4001),
         _case("bf16, update alone, dropout,", 8192, 16, bf16, base=False, dropout_p=0.1),
         _several("bf16", 8192, (8, 64), bf16),
