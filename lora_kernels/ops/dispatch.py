@@ -51,6 +51,7 @@ cuda_choice.register(REFERENCE, lambda: forced)
 _native.load()
 
 forced = None
+forced_device = "cuda"  # where a backend that is named runs: plain values are what torch.compile traces best
 batch_invariant = False
 # Native CPU kernels refuse bad arguments themselves; before any other the arguments are checked in Python.
 check_first = True
@@ -97,9 +98,10 @@ def use_backend(backend="auto", *, batch_invariant=None):
 
 def _set(backend, invariant):
     """Makes the setting; returns the one before."""
-    global forced, batch_invariant, check_first
+    global forced, forced_device, batch_invariant, check_first
     before = forced, batch_invariant
     forced = backend
+    forced_device = "cpu" if backend == "cpu" or (backend == "triton" and triton_backend.interpreted()) else "cuda"
     batch_invariant = batch_invariant if invariant is None else bool(invariant)
     check_first = forced is not None or not library.has_cpu_kernel("lora_linear")
     return before
@@ -118,10 +120,9 @@ def pick(name, tensor):
         return REFERENCE[name]
     if tensor.dtype is torch.float64:
         raise RuntimeError(f"{name}: backend {forced!r} has no kernel for float64; the reference has")
-    device = "cpu" if forced == "cpu" or (forced == "triton" and triton_backend.interpreted()) else "cuda"
-    if tensor.device.type != device:
-        raise RuntimeError(f"{name}: backend {forced!r} runs on {device} tensors, got one on {tensor.device}")
-    if device == "cuda":
+    if tensor.device.type != forced_device:
+        raise RuntimeError(f"{name}: backend {forced!r} runs on {forced_device} tensors, got one on {tensor.device}")
+    if forced_device == "cuda":
         return HANDLES[name]  # cuda_choice.py refuses what the backend can not run
     if forced == "triton":
         return functools.partial(_interpret, name)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import lora_kernels as lk
 from lora_kernels.ops.linear import dropout, reference, train_config

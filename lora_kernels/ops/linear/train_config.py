@@ -78,7 +78,7 @@ def input_gradient(num_rows, itemsize, mixed, masked, aligned, several, capabili
     if capability == (0, 0):
         return Config("dx", 16, 32, 32, 4, 1, tma=num_rows > 32 and not batch_invariant, group_m=2)
     if itemsize == 4:
-        return Config("dx", 64, 64, 32, 4, 2)
+        return Config("dx", 64, 64, 32, 8, 2)
     wgmma = capability >= (9, 0) and capability in LARGE_MEMORY
     if not aligned or batch_invariant or num_rows <= 64:
         return Config("dx", 64, 128, 32, 8, 2)

@@ -65,18 +65,18 @@ def choose(
     few = num_tokens < 64 * max(num_slots, 1)
     plain = plain and aligned
     if batch_invariant:
-        base = Tiles(64, 128, 32, 8, 2) if half else Tiles(32, 64, 32, 4, 2)
+        base = Tiles(64, 128, 32, 8, 2) if half else Tiles(32, 64, 32, 8, 2)
         return Config("fused", base, _shrink(16, 16, plain and half), Tiles(16, 128, 0, 4, 2))
     expand = Tiles(16, 128 if half else 64, 0, 4, 2) if few else Tiles(64, 128 if half else 64, 0, 8, 2)
     if num_tokens <= 64:
         block_k = 32 if not (plain and half) else 128 if large_memory else 64
-        return _few_rows(num_tokens, in_features, out_features, block_k, num_sms, expand)
+        return _few_rows(num_tokens, in_features, out_features, block_k, num_sms, expand, 4 if half else 8)
     # With float32 adapters a tile of 64 rows would become wgmma that ptxas serialises.
     shrink_rows = 16 if few else 64 if plain else 32
     shrink = _split(_shrink(shrink_rows, _columns(num_columns), plain and half), num_tokens, in_features, num_sms)
     base = Tiles(128, 128, 64 if half and large_memory and capability >= (9, 0) else 32, 8, 3 if aligned else 2)
     if not half:
-        base = Tiles(32, 64, 32, 4, 2)
+        base = Tiles(32, 64, 32, 8, 2)
     elif not plain:  # three tf32 products, or an address for each element, take registers
         base = Tiles(64, 128, 32, 8, 2)
     elif num_tokens <= 256:
@@ -101,11 +101,11 @@ def _split(shrink, num_tokens, in_features, num_sms):
     return dataclasses.replace(shrink, split=max(1, min(num_sms // tiles, in_features // 1024, 8)))
 
 
-def _few_rows(num_tokens, in_features, out_features, block_k, num_sms, expand):
+def _few_rows(num_tokens, in_features, out_features, block_k, num_sms, expand, num_warps):
     block_m = 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
     stages = 3 if block_k >= 64 else 2
     tiles = max(1, -(-out_features // 64))
-    base = Tiles(block_m, 64, block_k, 4, stages, split=max(1, min(num_sms // tiles, in_features // 1536, 8)))
+    base = Tiles(block_m, 64, block_k, num_warps, stages, split=max(1, min(num_sms // tiles, in_features // 1536, 8)))
     shrink = Tiles(16, 16, block_k, 4, stages, split=max(1, min(8, in_features // 1024)))
     return Config("decode", base, shrink, expand)
 
