@@ -65,7 +65,7 @@ def choose(
     few = num_tokens < 64 * max(num_slots, 1)
     plain = plain and aligned
     if batch_invariant:
-        base = Tiles(64, 128, 32, 8, 2) if half else Tiles(32, 64, 32, 8, 2)
+        base = Tiles(64, 128, 32, 8, 2) if half else Tiles(64, 64, 32, 8, 2)
         return Config("fused", base, _shrink(16, 16, plain and half), Tiles(16, 128, 0, 4, 2))
     expand = Tiles(16, 128 if half else 64, 0, 4, 2) if few else Tiles(64, 128 if half else 64, 0, 8, 2)
     if num_tokens <= 64:
@@ -76,7 +76,7 @@ def choose(
     shrink = _split(_shrink(shrink_rows, _columns(num_columns), plain and half), num_tokens, in_features, num_sms)
     base = Tiles(128, 128, 64 if half and large_memory and capability >= (9, 0) else 32, 8, 3 if aligned else 2)
     if not half:
-        base = Tiles(32, 64, 32, 8, 2)
+        base = Tiles(64, 64, 32, 8, 2)
     elif not plain:  # three tf32 products, or an address for each element, take registers
         base = Tiles(64, 128, 32, 8, 2)
     elif num_tokens <= 256:
