@@ -21,6 +21,14 @@ FILES = {str(Path(lk.__file__).parent / name) for name in ("merging.py", "layers
                                                            "ops/exact/api.py", "ops/merge/api.py")}  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def interrupts_raise():
+    """KeyboardInterrupt on SIGINT, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Tiny(nn.Module):
     """Token ids (batch, length) -> logits (batch, length, 5)."""
 
