@@ -30,9 +30,14 @@ def folders():
 
 @functools.cache
 def stack():
-    """What a proof depends on beside the GPU: versions, and a digest of the Python and the compiled kernels."""
+    """What a proof depends on beside the GPU: versions, and a digest of the Python and the compiled kernels and of the
+    tiles that were tuned."""
     digest = hashlib.sha256()
-    for path in [*sorted(PACKAGE.rglob("*.py")), PACKAGE.parent / "_ops_cuda.so"]:
+    for path in [
+        *sorted(PACKAGE.rglob("*.py")),
+        *sorted(PACKAGE.glob("tuned/*.json")),
+        PACKAGE.parent / "_ops_cuda.so",
+    ]:
         if path.is_file():
             digest.update(path.read_bytes())
     try:

@@ -63,15 +63,15 @@ def test_a_package_that_can_not_be_written_to_leaves_the_cache(folders):
 
 
 def test_the_digest_is_of_the_kernels(monkeypatch, tmp_path):
-    (tmp_path / "ops").mkdir()
+    (tmp_path / "ops" / "tuned").mkdir(parents=True)
     monkeypatch.setattr(proof, "PACKAGE", tmp_path / "ops")
     digests = set()
-    for place, text in (("ops/a.py", "1"), ("ops/a.py", "2"), ("_ops_cuda.so", "binary")):
+    for place, text in (("ops/a.py", "1"), ("ops/a.py", "2"), ("ops/tuned/a.json", "{}"), ("_ops_cuda.so", "binary")):
         (tmp_path / place).write_text(text)
         proof.stack.cache_clear()
         digests.add(proof.stack()["kernels"])
     proof.stack.cache_clear()
-    assert len(digests) == 3
+    assert len(digests) == 4
 
 
 def test_an_op_is_proven_when_every_check_of_it_ran_and_passed():
