@@ -63,3 +63,14 @@ def isa_environment(request):
     if ISAS.index(request.param) > ISAS.index(best):
         pytest.skip(f"this CPU runs kernels up to {best}; `make avx512` emulates the others")
     return {**os.environ, "LORA_KERNELS_CPU_ISA": request.param}
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    """torch.distributed with this process alone."""
+    dist = torch.distributed
+    if not dist.is_available():
+        pytest.skip("torch without torch.distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

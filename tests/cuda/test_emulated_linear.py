@@ -61,15 +61,16 @@ def test_rows_have_the_same_bits_in_any_batch():
         assert torch.equal(part, whole[rows])
 
 
-def test_strides_and_out():
-    case = _case((20, 48, 40, 8), BF16)
+@pytest.mark.parametrize("shape", [(20, 1100, 40, 8), (80, 48, 40, 8)], ids=["few rows", "many"])
+def test_strides_and_out(shape):
+    case = _case(shape, BF16)
     expected = cuda("lora_linear", *case.args(), None, False)
     apart = lambda t: t.t().contiguous().t()  # noqa: E731
     odd = lambda t: torch.cat([t, torch.full_like(t, torch.nan)[:, :3]], 1)[:, : t.shape[1]]  # noqa: E731
     for turn in (apart, odd):
         args = (turn(case.x), turn(case.weight), case.bias, turn(case.lora_a), turn(case.lora_b), case.scaling)
         assert torch.equal(cuda("lora_linear", *args, None, False), expected)
-    room = torch.full((20, 90), torch.nan, dtype=BF16)
+    room = torch.full((shape[0], 90), torch.nan, dtype=BF16)
     cuda("lora_linear_out", room[:, 3:83:2], *case.args(), None, False)
     assert torch.equal(room[:, 3:83:2], expected)
     room[:, 3:83:2] = torch.nan

@@ -4,23 +4,12 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp
 
 import lora_kernels as lk
 
-pytestmark = [
-    pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed"),
-    pytest.mark.filterwarnings("ignore"),
-]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = [pytest.mark.usefixtures("one_rank"), pytest.mark.filterwarnings("ignore")]
 
 
 class Net(nn.Module):
