@@ -10,8 +10,8 @@
 //   add      no base product: lora_add_, shrink, expand
 //
 // The choice depends on shapes, dtype and machine alone: a row without an adapter has the same bits
-// whether or not its neighbours have one. Only where one adapter serves all rows and its B is zero
-// the vendor's GEMM runs, for the bits of the base layer (bind/no_update.h).
+// whether or not its neighbours have one. Only where one float32 adapter serves all rows and its B
+// is zero the vendor's GEMM runs, for the bits of the base layer (bind/no_update.h).
 #pragma once
 
 #include <atomic>

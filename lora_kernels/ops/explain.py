@@ -8,7 +8,7 @@ _CPU_PATHS = {
     "stream": "own kernel: the weight is read once and the update joins in registers",
     "panel": "own kernel for dY W, and for a weight stored by columns",
     "turned": "own kernel over x turned: the weight is read where it lies and the update joins in registers",
-    "vendor": "torch's GEMM, then the update added in place: faster than `stream` for this many rows, or B is zero",
+    "vendor": "torch's GEMM, then the update in place: faster than `stream` for this many rows, or B is zero (float32)",
     "widened": "torch's float32 GEMM over blocks of the weight, as the processor has no half-precision units",
     "add": "no base product: lora_add_, lora_shrink, lora_expand_",
 }
