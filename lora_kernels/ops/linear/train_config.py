@@ -84,6 +84,8 @@ def input_gradient(num_rows, itemsize, mixed, masked, aligned, several, capabili
         return Config("dx", 64, 128, 32, 8, 2)
     if mixed and not wgmma:
         return Config("dx", 64, 64, 32, 4, 2)
+    if not wgmma and masked:  # 128 columns spill under Triton 3.6
+        return Config("dx", 128, 64, 32, 8, 3 if capability in LARGE_MEMORY else 2)
     if not wgmma:
         return Config("dx", 128, 128, 32, 8, 3 if capability in LARGE_MEMORY else 2)
     if mixed and several and capability >= (10, 0):  # 128 columns spill
