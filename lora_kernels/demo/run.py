@@ -62,7 +62,7 @@ def _run(args):
     print(report.claims(claims))
     _say("timing, contenders in turns, best of many")
     sizes = (1, 4) if args.quick else (1, 8, 32)
-    rows = compare.measure(contenders, texts, sizes, seconds=0.2 if args.quick else 4.0)
+    rows = compare.measure(contenders, texts, sizes, seconds=0.2 if args.quick else 3.0)
     print(report.times(rows))
     drawn = report.plot(rows, args.out / "demo.png")
     facts = {"versions": environment()["versions"], "dtype": str(dtype), "device": args.device}
@@ -83,15 +83,12 @@ def _prove_kernels():
 def _train(args, docs, dtype):
     """Trains and saves one adapter a task: results, {task: folder}, held-out texts."""
     results, paths, texts = [], {}, []
-    per_label, held_out_per_label, epochs = (24, 16, 1) if args.quick else (500, 250, 3)
+    per_label, held_out_per_label, epochs = (24, 16, 1) if args.quick else (400, 250, 3)
     for task in TASKS:
         examples, held_out = split(docs, task, per_label, held_out_per_label, args.seed)
         _say(f"{task.name}: {task.question}")
         classifier = load(args.device, dtype)
-        frozen = [
-            train.frozen_accuracy(classifier, examples, held_out, epochs * longer, args.seed, args.device)
-            for longer in (1, train.LONGER)
-        ]
+        frozen = train.frozen_accuracies(classifier, examples, held_out, epochs, args.seed, args.device)
         model = train.train_adapter(classifier, task, examples, epochs, args.seed, args.device)
         accuracy = train.adapter_accuracy(model, held_out, args.device)
         results.append(train.Result(task.name, len(examples), len(held_out), *frozen, accuracy))

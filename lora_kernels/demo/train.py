@@ -51,12 +51,17 @@ def accuracy(logits, wanted):
     return (logits.argmax(1) == wanted).float().mean().item()
 
 
-def frozen_accuracy(classifier, train, held_out, epochs, seed, device):
-    """Held-out accuracy of a linear head on the frozen encoder's embeddings."""
-    x, y = embed(classifier, train, device), labels(train, device)
+def frozen_accuracies(classifier, train, held_out, epochs, seed, device):
+    """Held-out accuracies of a linear head on the frozen encoder's embeddings, trained for so many epochs and for
+    :data:`LONGER` times as many."""
+    sides = [(embed(classifier, examples, device), labels(examples, device)) for examples in (train, held_out)]
+    return [_head_accuracy(*sides, _steps(train, epochs * longer, seed), seed, device) for longer in (1, LONGER)]
+
+
+def _head_accuracy(train, held_out, steps, seed, device):
+    x, y = train
     torch.manual_seed(seed)
     head = nn.Linear(x.shape[1], MAX_LABELS).to(device)
-    steps = _steps(train, epochs, seed)
     optimizer, schedule = _optimizer([(head.parameters(), HEAD_LR)], len(steps))
     for rows in steps:
         optimizer.zero_grad()
@@ -64,7 +69,7 @@ def frozen_accuracy(classifier, train, held_out, epochs, seed, device):
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        return accuracy(head(embed(classifier, held_out, device)), labels(held_out, device))
+        return accuracy(head(held_out[0]), held_out[1])
 
 
 def train_adapter(classifier, task, train, epochs, seed, device):
