@@ -43,24 +43,13 @@ INSTRUCTIONS = {
 }
 # What a kernel that asks for the wide instruction must hold on each architecture.
 WIDE = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
-# Of half precision, a kernel whose tiles have 64 rows holds wgmma on sm_90. These do not: (kernel, why, a function that
-# tells from a launch's constants). One that holds it after all, or that no case launches, fails.
-EXEMPT = (
-    (
-        "skinny_kernel",
-        "dA under dropout: the masked block is in registers, from where wgmma takes no transposed operand, so the ranks"
-        " are the rows of the product, and wgmma wants 64. x is read for longer than mma.sync takes",
-        lambda values: values["HAS_MASK"] and values["BLOCK_R"] < 64,
-    ),
-)
 SERIALISED = re.compile(r"C75(?:10|15|19)")
 _POINTERS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "u8", "int8": "i8"}
 
 
 @dataclasses.dataclass
 class Record:
-    """What one kernel of one case became on one architecture; ``key`` stands for its code and launch, ``exempt`` for a
-    kernel of :data:`EXEMPT`."""
+    """What one kernel of one case became on one architecture; ``key`` stands for its code and launch."""
 
     case: str
     kernel: str
@@ -74,7 +63,6 @@ class Record:
     spills: int
     counts: dict
     problems: list
-    exempt: bool = False
 
 
 @functools.cache
@@ -206,25 +194,16 @@ def _failed(case, arch, kernel, error):
     return Record(case.name, kernel, arch, "", "", 0, 0, 0, 0, 0, {}, [problem])
 
 
-def exemption(kernel, values):
-    """Why a launch of half precision needs no wgmma; None where it does."""
-    found = (why for name, why, applies in EXEMPT if name == kernel and applies(values))
-    return next(found, None)
-
-
 def _rows_of_half(signature, values):
     """Whether a launch has tiles of 64 rows or more, of half precision."""
     half = any(name in repr(tuple(signature.values())) for name in ("bf16", "fp16"))
     return half and values.get("BLOCK_M", 0) >= 64
 
 
-def wgmma_problems(kernel, signature, values, counts):
-    """The rule of sm_90 about tiles of 64 rows, and its exemptions: see :data:`EXEMPT`."""
-    if not _rows_of_half(signature, values):
-        return []
-    if exemption(kernel, values) is None:
-        return [] if counts["wgmma"] else ["no wgmma instruction, and tiles of 64 rows"]
-    return ["wgmma after all: it needs no exemption"] if counts["wgmma"] else []
+def wgmma_problems(signature, values, counts):
+    """The rule of sm_90: a launch of half precision whose tiles have 64 rows holds wgmma."""
+    missing = _rows_of_half(signature, values) and not counts["wgmma"]
+    return ["no wgmma instruction, and tiles of 64 rows"] if missing else []
 
 
 def launch_problems(signature):
@@ -238,7 +217,8 @@ def _measure(case, arch, key, src, options, values):
     from triton.backends.compiler import GPUTarget
 
     expected = case.mma.get(src.fn.__name__, "mma")
-    source = hashlib.sha256(repr((triton.__version__, key, src.hash(), expected)).encode()).hexdigest()
+    fields = [field.name for field in dataclasses.fields(Record)]
+    source = hashlib.sha256(repr((triton.__version__, key, src.hash(), expected, fields)).encode()).hexdigest()
     cache = Path(triton.knobs.cache.dir) / "lora_kernels_static" / f"{source}.json"
     if cache.is_file():
         record = Record(**json.loads(cache.read_text()) | {"case": case.name})
@@ -255,8 +235,7 @@ def _measure(case, arch, key, src, options, values):
         partial.replace(cache)
     record.problems += launch_problems(src.signature)
     if arch == 90 and expected != "none":
-        record.problems += wgmma_problems(src.fn.__name__, src.signature, values, record.counts)
-        record.exempt = _rows_of_half(src.signature, values) and exemption(src.fn.__name__, values) is not None
+        record.problems += wgmma_problems(src.signature, values, record.counts)
     return record
 
 
@@ -322,7 +301,7 @@ def table(records):
     for r in records:
         counts = [r.counts.get(name, 0) for name in list(INSTRUCTIONS)[:-1]]
         cells = [r.case, r.kernel, r.tiles, r.arch, r.threads, r.registers, r.shared, *counts]
-        cells.append("; ".join(r.problems) or ("clean; exempt from wgmma" if r.exempt else "clean"))
+        cells.append("; ".join(r.problems) or "clean")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -347,17 +326,14 @@ def check(folder):
     records = json.loads((Path(folder) / "triton.json").read_text())["records"]
     clean = {record.get("key") for record in records if not record["problems"]}
     work = [(case, arch) for case in cases() for arch in case.archs]
-    missing, needless = 0, {why for _, why, _ in EXEMPT}
+    missing = 0
     for case, arch in work:
-        for key, (src, _, values) in launches_of(case, arch).items():
-            needless.discard(exemption(src.fn.__name__, values))
+        for key, (src, *_) in launches_of(case, arch).items():
             if key not in clean:
                 print(f"{case.name}, {src.fn.__name__} on sm_{arch}: not in the table")
                 missing += 1
     print(f"{missing} launches are not in the table; make static measures them")
-    for why in needless:
-        print(f"no case has the exemption: {why}")
-    return 1 if missing or needless else 0
+    return 1 if missing else 0
 
 
 def main(argv=None):

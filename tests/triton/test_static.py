@@ -36,9 +36,6 @@ def test_every_kernel_was_compiled_for_every_architecture(records):
     modules = [part for name, part in sys.modules.items() if name.startswith("lora_kernels.ops.") and "triton" in name]
     kernels = {name for part in modules for name in vars(part) if name.endswith("_kernel")}
     assert len(kernels) > 15
-    exempt = [r for r in records if r["exempt"]]
-    assert {(r["kernel"], r["arch"]) for r in exempt} <= {("skinny_kernel", 90)}
-    assert not any(r["counts"]["wgmma"] for r in exempt)
     assert {(r["kernel"], r["arch"]) for r in records} == {(name, arch) for name in kernels for arch in (80, 90, 100)}
 
 
@@ -48,22 +45,15 @@ def test_what_compiles_but_can_not_be_launched_is_seen():
     assert "x: a descriptor inside a tuple" in static_gate.launch_problems({**flat, "x": (flat["x"], "constexpr")})[0]
 
 
-def test_tiles_of_64_rows_hold_wgmma_or_are_exempt_and_do_not():
+def test_tiles_of_64_rows_of_half_precision_hold_wgmma():
     half, single = {"x": "*bf16", "y": ("*fp32",)}, {"x": "*fp32"}
     with_it, without = {"wgmma": 4}, {"wgmma": 0}
-    plain, few = {"BLOCK_M": 64, "HAS_MASK": False, "BLOCK_R": 16}, {"BLOCK_M": 32}
-    masked = plain | {"HAS_MASK": True}
+    many, few = {"BLOCK_M": 64}, {"BLOCK_M": 32}
     problems = static_gate.wgmma_problems
-    assert problems("skinny_kernel", half, plain, without) == ["no wgmma instruction, and tiles of 64 rows"]
-    assert problems("skinny_kernel", half, masked, with_it) == ["wgmma after all: it needs no exemption"]
-    assert problems("dx_kernel", half, masked, without)
-    for kernel, signature, values, counts in (
-        ("skinny_kernel", half, plain, with_it),
-        ("skinny_kernel", half, masked, without),
-        ("skinny_kernel", half, few, without),
-        ("skinny_kernel", single, plain, without),
-    ):
-        assert not problems(kernel, signature, values, counts)
+    assert problems(half, many, without) == ["no wgmma instruction, and tiles of 64 rows"]
+    assert not problems(half, many, with_it)
+    assert not problems(half, few, without)
+    assert not problems(single, many, without)
 
 
 def test_a_table_of_other_sources_is_found_out(records, tmp_path):
@@ -75,6 +65,33 @@ def test_a_table_of_other_sources_is_found_out(records, tmp_path):
     run = subprocess.run(command, env=_ENVIRONMENT, capture_output=True, text=True)
     assert run.returncode == 1
     assert "lora_linear bf16 M1 r16, decode_kernel on sm_80: not in the table" in run.stdout
+
+
+_MASKS = """
+import json
+from lora_kernels.testing import static_gate
+for case in static_gate.cases():
+    if case.name.startswith("training"):
+        found = static_gate.launches_of(case, 90).values()
+        launches = [(src.fn.__name__, src.signature.get("mask"), values.get("HAS_MASK")) for src, _, values in found]
+        print(json.dumps([case.name, launches]))
+"""
+
+
+def test_without_dropout_nothing_is_drawn_and_no_kernel_knows_of_a_mask():
+    """The pointer is a constant None: no instruction of the compiled kernel can read it."""
+    run = subprocess.run([sys.executable, "-c", _MASKS], env=_ENVIRONMENT, capture_output=True, text=True, check=True)
+    cases = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len({"dropout" in name for name, _ in cases}) == 2
+    for name, launches in cases:
+        dropout = "dropout" in name
+        assert ("draw_kernel" in [kernel for kernel, _, _ in launches]) is dropout
+        masked = {kernel for kernel, mask, _ in launches if mask == "*u8"} - {"draw_kernel"}
+        assert masked == ({"shrink_kernel", "skinny_kernel", "dx_kernel"} if dropout else set()), name
+        for kernel, mask, has_mask in launches:
+            if kernel != "draw_kernel":
+                assert mask in (None, "constexpr", "*u8"), kernel
+                assert has_mask in (None, mask == "*u8"), kernel
 
 
 _BAD_CASES = """

@@ -15,6 +15,7 @@ from lora_kernels.testing import make_embedding, make_grouped, make_linear, make
 triton_grouped = pytest.importorskip("lora_kernels.ops.grouped.triton")
 triton_train = pytest.importorskip("lora_kernels.ops.linear.triton_train")
 triton_multi = pytest.importorskip("lora_kernels.ops.multi.triton")
+multi_train = pytest.importorskip("lora_kernels.ops.multi.triton_train")
 
 APART = 2**31
 
@@ -52,11 +53,33 @@ def _embedding(far):
     return lk.ops.lora_embedding(case.ids, far(case.weight), *case.args()[2:])
 
 
+def _weight(far):
+    case = make_linear(3, 32, 2, 4, torch.float16)
+    return lk.ops.lora_linear(case.x, far(case.weight), *case.args()[2:])
+
+
+def _add(far):
+    case = make_linear(2, 32, 24, 4, torch.float16)
+    y = far(torch.ones(2, 24, dtype=torch.float16))
+    return lk.ops.lora_add_(y, far(case.x), case.lora_a, case.lora_b, case.scaling)
+
+
 def _grouped(far):
     case = make_grouped(2, 32, (24, 16), (4, 3), torch.float16)
     y = [far(torch.zeros(2, width, dtype=torch.float16)) for width in (24, 16)]
     h = triton_grouped.grouped_lora_linear(far(case.x), *case.args()[1:], y, True, False)
     return torch.cat([h, *(part.float() for part in y)], 1)
+
+
+def _grouped_backward(far):
+    case = make_grouped(2, 32, (24, 16), (4, 3), torch.float16)
+    generator = torch.Generator().manual_seed(0)
+    dy = [far(torch.randn(2, width, generator=generator).half()) for width in (24, 16)]
+    h = torch.randn(2, 7, generator=generator)
+    da, db = ([torch.empty_like(factor) for factor in factors] for factors in (case.lora_a, case.lora_b))
+    terms = (case.weights, case.lora_a, case.lora_b, case.scalings)
+    dx = triton_grouped.grouped_lora_backward(far(case.x), dy, *terms, h, da, db, True, False)
+    return torch.cat([part.flatten() for part in (dx, *da, *db)])
 
 
 def _backward(far, p=0.0):
@@ -81,6 +104,18 @@ def _several(far, run):
     case.token_slots.copy_(torch.tensor([1, 0]))
     plan = lk.ops.plan_batch(case.token_slots, case.slot_ranks, num_slots=3)
     return run(case, plan)
+
+
+def _several_backward(far):
+    def run(case, plan):
+        dy = far(torch.randn(2, 24, generator=torch.Generator().manual_seed(0)).half())
+        adapters = [list(bank.unbind()) for bank in (case.a_bank, case.b_bank)]
+        grads = [[torch.empty_like(factor) for factor in factors] for factors in adapters]
+        terms = (*adapters, case.slot_scalings, plan.row_order, plan.segment_starts, None)
+        dx = multi_train.multi_lora_backward(dy, far(case.x), case.weight, *terms, *grads, True)
+        return torch.cat([part.flatten() for part in (dx, *grads[0], *grads[1])])
+
+    return _several(far, run)
 
 
 def _multi(far):
@@ -123,11 +158,15 @@ CALLS = {
     "switch_": _switch,
     "row_norm": _row_norm,
     "lora_embedding": _embedding,
+    "lora_linear, weight": _weight,
+    "lora_add_": _add,
     "grouped_lora_linear": _grouped,
+    "grouped_lora_linear, gradients": _grouped_backward,
     "lora_linear, gradients": _backward,
     "lora_linear, dropout": _backward_under_dropout,
     "multi_lora_linear, decode": _multi_route("decode"),
     "multi_lora_linear, fused": _multi_route("fused"),
+    "multi_lora_linear, gradients": _several_backward,
     "lora_shrink": _shrink,
     "lora_expand_": _expand,
 }

@@ -300,3 +300,23 @@ def test_tiles_of_dx_do_not_depend_on_rows_where_they_must_not():
         strips = (2, False, False, True, capability, 132)
         widths = {train_config.skinny(m, lambda width: 8, 16, 1, *strips).block_n for m in (1, 65, 513, 9000)}
         assert len(widths) == 1
+
+
+@pytest.mark.parametrize("rank", [1, 16, 64, 72, 512])
+def test_ranks_under_a_mask_fill_the_rows_of_wgmma(rank):
+    """Of half precision, where there is wgmma; elsewhere, and without a mask, as few columns as the rank takes."""
+
+    def block_r(itemsize, mixed, masked, aligned, capability):
+        rules = (itemsize, mixed, masked, aligned, capability, 132)
+        tiles = train_config.skinny(8192, lambda width: -(-4096 // width), rank, 1, *rules)
+        assert tiles.block_r in (16, 32, 64)
+        return tiles.block_r
+
+    least = train_config.block_rank(rank)[0]
+    for aligned in (True, False):
+        assert block_r(2, False, True, aligned, (9, 0)) == 64
+        assert block_r(2, False, False, aligned, (9, 0)) == least
+        for capability in ((0, 0), (8, 0), (8, 9), (10, 0), (12, 0)):
+            assert block_r(2, False, True, aligned, capability) == least
+        for itemsize, mixed in ((4, False), (2, True)):  # no wgmma there: three tf32 products, or float32
+            assert block_r(itemsize, mixed, True, aligned, (9, 0)) == 16

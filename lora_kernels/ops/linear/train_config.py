@@ -59,6 +59,8 @@ def skinny(num_rows, strips_of, rank, num_slots, itemsize, mixed, masked, aligne
     else:
         block_m, block_n, warps, stages, widest = 64, 256, 8, 3, 64
     width, blocks = block_rank(rank, widest)
+    if masked and capability == (9, 0) and widest == 64:  # the ranks are rows of the product there: wgmma wants 64
+        width, blocks = 64, -(-rank // 64)
     programs = max(1, strips_of(block_n) * blocks * num_slots)
     # A part of fewer than four steps costs more in planes than it gains; two programs a multiprocessor fill the GPU.
     split = max(1, min(2 * num_sms // programs, num_rows // (4 * block_m), 64))
