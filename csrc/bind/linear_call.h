@@ -88,8 +88,10 @@ inline void check_written(TensorArg& y, int64_t rows, int64_t cols, const char* 
 
 inline int64_t row_stride_a(const TensorArg& a) { return a.stride(a.dim() - 2); }
 
-inline DotTask shrink_task(const Shape& s, const TensorArg& x, const TensorArg& a, float* h) {
+inline DotTask shrink_task(const Shape& s, const TensorArg& x, const TensorArg& a, float* h,
+                           bool invariant) {
   DotTask t = {};
+  t.by_rows = shrink_by_rows(s.M, isa(), invariant);
   t.job.x = x.data();
   t.job.x_stride = x.stride(0);
   t.job.x_dtype = s.dtype;
@@ -105,9 +107,10 @@ inline DotTask shrink_task(const Shape& s, const TensorArg& x, const TensorArg& 
   return t;
 }
 
-// y += scale * h B^T, slice by slice.
-inline void expand(const Shape& s, const TensorArg& y, DType y_dtype, const float* h,
-                   int64_t h_stride, const TensorArg& b, float scale) {
+// y += scale * h B^T, a task a slice.
+inline std::vector<AddTask> expand_tasks(const Shape& s, const TensorArg& y, DType y_dtype,
+                                         const float* h, int64_t h_stride, const TensorArg& b,
+                                         float scale) {
   std::vector<AddTask> tasks;
   for (int64_t i = 0; i < s.S; i++) {
     AddTask t = {};
@@ -124,6 +127,12 @@ inline void expand(const Shape& s, const TensorArg& y, DType y_dtype, const floa
     t.N = s.starts[i + 1] - s.starts[i];
     tasks.push_back(t);
   }
+  return tasks;
+}
+
+inline void expand(const Shape& s, const TensorArg& y, DType y_dtype, const float* h,
+                   int64_t h_stride, const TensorArg& b, float scale) {
+  const auto tasks = expand_tasks(s, y, y_dtype, h, h_stride, b, scale);
   run_adds(tasks.data(), static_cast<int64_t>(tasks.size()));
 }
 

@@ -58,7 +58,7 @@ void grouped_lora_linear(StableIValue* stack, uint64_t, uint64_t) {
   float* h = need_h ? kept.as<float>() : static_cast<float*>(thread_scratch(3, M * g.columns * 4));
   std::vector<DotTask> dots;
   for (size_t i = 0; i < g.count(); i++) {
-    dots.push_back(shrink_task(g.shapes[i], x, g.a[i], h + g.first[i]));
+    dots.push_back(shrink_task(g.shapes[i], x, g.a[i], h + g.first[i], invariant));
     dots.back().job.out_stride = g.columns;
   }
   run_dots(dots.data(), static_cast<int64_t>(dots.size()));
@@ -174,6 +174,7 @@ void grouped_lora_backward(StableIValue* stack, uint64_t, uint64_t) {
       t.job.alpha = g.scales[i];
       t.M = M;
       t.R = s.R;
+      t.by_rows = shrink_by_rows(M, isa(), invariant);
       dots.push_back(t);
       bt += s.N * s.R * dtype_size(s.b_dtype);
     }

@@ -20,18 +20,44 @@ struct Dropout {
 
 uint32_t threshold_of(double p) { return static_cast<uint32_t>(std::lrint(p * 65536.0)); }
 
-// h (M, S * R) = dropout(x) A^T.
-void shrink(const Shape& s, const TensorArg& x, const TensorArg& a, float* h,
-            const Dropout* dropout) {
-  DotTask task = shrink_task(s, x, a, h);
-  if (dropout == nullptr || dropout->p == 0.0f) {
-    run_dots(&task, 1);
+// h (M, S * R) = dropout(x) A^T, as a task and, where the bits are not drawn yet, how to draw them.
+struct Shrink {
+  DotTask task;
+  std::optional<Draw> draw;
+};
+
+Shrink make_shrink(const Shape& s, const TensorArg& x, const TensorArg& a, float* h,
+                   const Dropout* dropout, bool invariant) {
+  Shrink shrink = {shrink_task(s, x, a, h, invariant), std::nullopt};
+  if (dropout != nullptr && dropout->p > 0.0f) {
+    shrink.task.job.mask = dropout->mask.as<uint8_t>();
+    shrink.task.job.mask_stride = (s.K + 7) / 8;
+    shrink.task.job.alpha = 1.0f / (1.0f - dropout->p);
+    shrink.draw = {dropout->mask.as<uint8_t>(), dropout->seed, threshold_of(dropout->p)};
+  }
+  return shrink;
+}
+
+void run(const Shrink& shrink) {
+  if (shrink.draw) {
+    run_dots_with_dropout(shrink.task, *shrink.draw);
+  } else {
+    run_dots(&shrink.task, 1);
+  }
+}
+
+// The shrink, and y += scale * h B^T after it.
+void update(const Shape& s, const Shrink& shrink, const TensorArg& y, DType y_dtype,
+            const TensorArg& b, float scale) {
+  const float* h = shrink.task.job.out;
+  if (!shrink.task.by_rows) {
+    run(shrink);
+    expand(s, y, y_dtype, h, s.S * s.R, b, scale);
     return;
   }
-  task.job.mask = dropout->mask.as<uint8_t>();
-  task.job.mask_stride = (s.K + 7) / 8;
-  task.job.alpha = 1.0f / (1.0f - dropout->p);
-  run_dots_with_dropout(task, dropout->mask.as<uint8_t>(), dropout->seed, threshold_of(dropout->p));
+  const auto tasks = expand_tasks(s, y, y_dtype, h, s.S * s.R, b, scale);
+  run_update(shrink.task, shrink.draw ? &*shrink.draw : nullptr, tasks.data(),
+             static_cast<int64_t>(tasks.size()));
 }
 
 // y, given and checked; h is written when it is not null.
@@ -40,7 +66,15 @@ void forward(const Shape& s, const TensorArg& y, const TensorArg& x, TensorArg& 
              bool invariant, float* h, const Dropout* dropout) {
   if (s.M == 0) return;
   if (h == nullptr) h = static_cast<float*>(thread_scratch(3, s.M * s.S * s.R * 4));
-  shrink(s, x, a, h, dropout);
+  const Shrink shrink = make_shrink(s, x, a, h, dropout, invariant);
+  const Path path = path_for(s.M, w, s.dtype, false, invariant);
+  const bool last = path == Path::vendor || path == Path::widened;  // the update follows the base
+  if (last && s.N > 0 && (s.dtype != DType::f32 || !all_zero(b, s.b_dtype))) {
+    base_forward(y, x, w, bias, nullptr, s.b_dtype, s.starts.data(), s.S, path);
+    update(s, shrink, y, s.dtype, b, scale);
+    return;
+  }
+  run(shrink);
   finish(s, y, x, w, bias, b, scale, invariant, h, s.S * s.R);
 }
 
@@ -117,8 +151,7 @@ void lora_add(StableIValue* stack, uint64_t, uint64_t) {
   const float scale = read_scaling(scaling);
   record_path(Path::add);
   float* h = static_cast<float*>(thread_scratch(3, s.M * s.R * 4));
-  shrink(s, x, a, h, nullptr);
-  expand(s, y, dtype_of(y, "y"), h, s.R, b, scale);
+  update(s, make_shrink(s, x, a, h, nullptr, false), y, dtype_of(y, "y"), b, scale);
 }
 
 void lora_add_train(StableIValue* stack, uint64_t, uint64_t) {
@@ -131,14 +164,14 @@ void lora_add_train(StableIValue* stack, uint64_t, uint64_t) {
   Dropout dropout = make_dropout(s, take<double>(stack[5]), seed);
   TensorArg h = new_tensor({s.M, s.R}, type_codes().f32);
   record_path(Path::add);
-  shrink(s, x, a, h.as<float>(), &dropout);
-  expand(s, y, dtype_of(y, "y"), h.as<float>(), s.R, b, scale);
+  update(s, make_shrink(s, x, a, h.as<float>(), &dropout, false), y, dtype_of(y, "y"), b, scale);
   stack[0] = give(std::move(h));
   stack[1] = give(std::move(dropout.mask));
 }
 
 // g (M, S * R) = scale * dy B, through B transposed so that both operands are contiguous.
-float* rank_gradient(const Shape& s, const TensorArg& dy, const TensorArg& b, float scale) {
+float* rank_gradient(const Shape& s, const TensorArg& dy, const TensorArg& b, float scale,
+                     bool invariant) {
   void* bt = thread_scratch(2, s.N * s.R * dtype_size(s.b_dtype));
   float* g = static_cast<float*>(thread_scratch(3, s.M * s.S * s.R * 4));
   run_transpose(bt, s.N, b.data(), b.stride(0), s.b_dtype, s.N, s.R);
@@ -157,6 +190,7 @@ float* rank_gradient(const Shape& s, const TensorArg& dy, const TensorArg& b, fl
     t.job.alpha = scale;
     t.M = s.M;
     t.R = s.R;
+    t.by_rows = shrink_by_rows(s.M, isa(), invariant);
     tasks.push_back(t);
   }
   run_dots(tasks.data(), s.S);
@@ -191,7 +225,7 @@ void lora_linear_backward(StableIValue* stack, uint64_t, uint64_t) {
       need_x ? new_tensor({s.M, s.K}, type_code(s.dtype)) : new_tensor({0}, type_code(s.dtype));
   TensorArg da = need_a ? new_like(a) : new_tensor({0}, type_code(s.a_dtype));
   TensorArg db = need_b ? new_like(b) : new_tensor({0}, type_code(s.b_dtype));
-  const float* g = need_x || need_a ? rank_gradient(s, dy, b, scale) : nullptr;
+  const float* g = need_x || need_a ? rank_gradient(s, dy, b, scale, invariant) : nullptr;
   AddTask add = {};
   std::vector<GradTask> grads;
   const int64_t ranks = s.S * s.R;
@@ -215,7 +249,7 @@ void lora_linear_backward(StableIValue* stack, uint64_t, uint64_t) {
       }
     }
     add.job.update =
-        factors(g, ranks, a.data(), shrink_task(s, x, a, nullptr).job.a_stride, false, ranks);
+        factors(g, ranks, a.data(), a.dim() == 3 ? s.K : row_stride_a(a), false, ranks);
     add.job.b_dtype = s.a_dtype;
     add.job.scale = kept;
     if (p > 0.0) {

@@ -35,7 +35,7 @@ Base read_base(TensorArg& x, TensorArg& w, TensorArg& bias) {
 
 // h[row, s * R + r] of the live ranks of every segment.
 void shrink_tasks(std::vector<DotTask>& tasks, const Batch& batch, const TensorArg& x, DType dtype,
-                  float* h, int64_t S, int64_t R) {
+                  float* h, int64_t S, int64_t R, bool invariant) {
   for (const Segment& segment : batch.segments) {
     for (int64_t s = 0; s < S; s++) {
       DotTask t = {};
@@ -52,6 +52,7 @@ void shrink_tasks(std::vector<DotTask>& tasks, const Batch& batch, const TensorA
       t.job.rows = segment.rows;
       t.M = segment.count;
       t.R = segment.ranks[static_cast<size_t>(s)];
+      t.by_rows = shrink_by_rows(t.M, isa(), invariant);
       if (t.R > 0) tasks.push_back(t);
     }
   }
@@ -91,7 +92,7 @@ TensorArg forward(const Base& base, const Batch& batch, const TensorArg& x, Tens
   if (base.M == 0 || base.N == 0) return y;
   float* h = static_cast<float*>(thread_scratch(3, base.M * S * R * 4));
   std::vector<DotTask> dots;
-  shrink_tasks(dots, batch, x, base.dtype, h, S, R);
+  shrink_tasks(dots, batch, x, base.dtype, h, S, R, invariant);
   run_dots(dots.data(), static_cast<int64_t>(dots.size()));
 
   const Path path = path_for(base.M, w, base.dtype, false, invariant);
@@ -168,7 +169,8 @@ void lora_shrink(StableIValue* stack, uint64_t, uint64_t) {
   if (h.numel() > 0) std::memset(h.data(), 0, static_cast<size_t>(h.numel()) * 4);
   record_path(Path::add);
   std::vector<DotTask> dots;
-  shrink_tasks(dots, batch, x, dtype, h.as<float>(), S, R);
+  shrink_tasks(dots, batch, x, dtype, h.as<float>(), S, R,
+               true);  // its caller can not ask for invariance
   run_dots(dots.data(), static_cast<int64_t>(dots.size()));
   stack[0] = give(std::move(h));
 }
@@ -263,7 +265,7 @@ void multi_lora_backward(StableIValue* stack, uint64_t, uint64_t) {
   float* h = static_cast<float*>(thread_scratch(3, 2 * M * S * R * 4));
   float* g = h + M * S * R;
   std::vector<DotTask> dots;
-  if (!db.empty()) shrink_tasks(dots, batch, x, dtype, h, S, R);
+  if (!db.empty()) shrink_tasks(dots, batch, x, dtype, h, S, R, false);
   std::vector<GradTask> grads;
   std::vector<AddTask> adds;
   TensorArg dx = need_x ? new_tensor({M, K}, type_code(dtype)) : new_tensor({0}, type_code(dtype));
@@ -291,6 +293,7 @@ void multi_lora_backward(StableIValue* stack, uint64_t, uint64_t) {
         t.job.rows = segment.rows;
         t.M = segment.count;
         t.R = rank;
+        t.by_rows = shrink_by_rows(t.M, isa(), false);
         dots.push_back(t);
       }
       if (need_x) {

@@ -12,6 +12,7 @@
 
 LK_DECLARE_FOR_ISAS(
     void dot_kernel(const DotJob& job, int64_t m0, int64_t m1, int64_t j0, int64_t j1);
+    void shrink_kernel(const DotJob& job, int64_t m0, int64_t m1, int64_t R);
     void base_kernel(const BaseJob& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1);
     void add_kernel(const AddJob& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1);
     void grad_kernel(const GradJob& job, int64_t k0, int64_t k1);
@@ -25,7 +26,8 @@ namespace {
 
 constexpr int64_t kGrainCost = 12000;
 constexpr int64_t kDotRows = 6,
-                  kDotCols = 8;  // the dot kernel's rows, and a multiple of its columns
+                  kDotCols = 8;      // the dot kernel's rows, and a multiple of its columns
+constexpr int64_t kShrinkRows = 24;  // that the row form takes at a time
 constexpr int64_t kAddCols = 64, kAddRows = 6;  // one panel
 constexpr int64_t kGradCols = 48;               // one tile of every instruction set
 constexpr int64_t kTurnCols = 48;               // made together by the turned form
@@ -55,8 +57,25 @@ void for_parts(int64_t cost, const Body& body) {
 
 int64_t lanes(int64_t n) { return blocks(n, 16); }
 
+int64_t cost_of(const DotTask& t) { return t.M * t.R * lanes(t.job.K); }
 int64_t cost_of(const AddTask& t) { return t.M * lanes(t.N) * (t.job.update.R + t.job.base.R + 4); }
 int64_t cost_of(const GradTask& t) { return t.job.M * lanes(t.K) * (t.job.R + 2); }
+
+void shrink_rows(const DotTask& t, const Draw* draw, Range m) {
+  static const auto dot = LK_SELECT_ISA(dot_kernel);
+  static const auto shrink = LK_SELECT_ISA(shrink_kernel);
+  if (m.begin >= m.end) return;
+  if (!t.by_rows) {
+    for (int64_t row = m.begin; row < m.end; row += kDotRows) {
+      const int64_t end = least(m.end, row + kDotRows);
+      if (draw) dropout_mask(draw->mask, t.M, t.job.K, draw->seed, draw->threshold, row, end);
+      dot(t.job, row, end, 0, t.R);
+    }
+    return;
+  }
+  if (draw) dropout_mask(draw->mask, t.M, t.job.K, draw->seed, draw->threshold, m.begin, m.end);
+  shrink(t.job, m.begin, m.end, t.R);
+}
 
 // Few columns: the rows are split as well, and each part packs its columns again.
 void add_part(const AddTask& t, int64_t i, int64_t parts) {
@@ -101,17 +120,21 @@ void* thread_scratch(int slot, int64_t bytes) {
 
 void run_dots(const DotTask* tasks, int64_t count) {
   static const auto kernel = LK_SELECT_ISA(dot_kernel);
+  const auto units_of = [](const DotTask& t) {
+    return t.by_rows ? 0 : blocks(t.M, kDotRows) * blocks(t.R, kDotCols);
+  };
   int64_t units = 0, cost = 0;
   for (int64_t t = 0; t < count; t++) {
-    units += blocks(tasks[t].M, kDotRows) * blocks(tasks[t].R, kDotCols);
-    cost += tasks[t].M * tasks[t].R * lanes(tasks[t].job.K);
+    units += units_of(tasks[t]);
+    cost += cost_of(tasks[t]);
   }
   for_parts(cost, [&](int64_t i, int64_t parts) {
     const int64_t begin = units * i / parts, end = units * (i + 1) / parts;
     int64_t first = 0;
-    for (int64_t t = 0; t < count && first < end; t++) {
+    for (int64_t t = 0; t < count; t++) {
       const DotTask& task = tasks[t];
-      const int64_t cols = blocks(task.R, kDotCols), all = blocks(task.M, kDotRows) * cols;
+      if (task.by_rows) shrink_rows(task, nullptr, part(task.M, kShrinkRows, i, parts));
+      const int64_t cols = blocks(task.R, kDotCols), all = units_of(task);
       const int64_t u1 = least(all, end - first);
       for (int64_t u = begin > first ? begin - first : 0; u < u1;) {
         // The rest of this block of rows, as one call.
@@ -125,15 +148,21 @@ void run_dots(const DotTask* tasks, int64_t count) {
   });
 }
 
-void run_dots_with_dropout(const DotTask& task, uint8_t* mask, uint64_t seed, uint32_t threshold) {
-  static const auto kernel = LK_SELECT_ISA(dot_kernel);
-  const int64_t cost = task.M * lanes(task.job.K) * (task.R + 24);
+void run_dots_with_dropout(const DotTask& task, const Draw& draw) {
+  for_parts(cost_of(task) + task.M * lanes(task.job.K) * 24, [&](int64_t i, int64_t parts) {
+    shrink_rows(task, &draw, part(task.M, task.by_rows ? kShrinkRows : 2, i, parts));
+  });
+}
+
+void run_update(const DotTask& shrink, const Draw* draw, const AddTask* adds, int64_t count) {
+  static const auto kernel = LK_SELECT_ISA(add_kernel);
+  int64_t cost = cost_of(shrink);
+  for (int64_t t = 0; t < count; t++) cost += cost_of(adds[t]);
   for_parts(cost, [&](int64_t i, int64_t parts) {
-    const Range m = part(task.M, 2, i, parts);
-    for (int64_t row = m.begin; row < m.end; row += kDotRows) {
-      const int64_t end = least(m.end, row + kDotRows);
-      dropout_mask(mask, task.M, task.job.K, seed, threshold, row, end);
-      kernel(task.job, row, end, 0, task.R);
+    const Range m = part(shrink.M, kShrinkRows, i, parts);
+    shrink_rows(shrink, draw, m);
+    for (int64_t t = 0; t < count && m.begin < m.end; t++) {
+      if (adds[t].N > 0) kernel(adds[t].job, m.begin, m.end, 0, adds[t].N);
     }
   });
 }

@@ -9,13 +9,19 @@ namespace lora_kernels {
 struct DotTask {
   DotJob job;
   int64_t M, R;
+  bool by_rows;  // in row form (paths.h: shrink_by_rows), else in dot form
 };
 
 // All products in one parallel region.
 void run_dots(const DotTask* tasks, int64_t count);
 
-// Draws the dropout bits of the rows, then their products; one region. `mask` is job.mask, written.
-void run_dots_with_dropout(const DotTask& task, uint8_t* mask, uint64_t seed, uint32_t threshold);
+// The dropout bits that a shrink draws for its rows before it reads them: job.mask, written.
+struct Draw {
+  uint8_t* mask;
+  uint64_t seed;
+  uint32_t threshold;
+};
+void run_dots_with_dropout(const DotTask& task, const Draw& draw);
 
 // y = x w^T with the updates inside. Slice s owns the columns [starts[s], starts[s + 1]) and the
 // updates [s * M, (s + 1) * M) of job.updates; its b rows count from the first column of y.
@@ -28,6 +34,10 @@ struct AddTask {
 
 // Tasks must not share elements of y. One region; threads take ranges of columns.
 void run_adds(const AddTask* tasks, int64_t count);
+
+// A shrink in row form, then the adds that take its result; one region, threads take ranges of
+// rows. `draw` may be null. The rows of the adds are all those of the shrink.
+void run_update(const DotTask& shrink, const Draw* draw, const AddTask* adds, int64_t count);
 
 // x turned into panels.
 void run_pack(const PackJob& job);

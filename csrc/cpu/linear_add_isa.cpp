@@ -203,7 +203,8 @@ struct Rows {
 };
 
 // The rows against one panel of columns [n0, n0 + cols): update, mask, base, bias, y. MR >= count.
-template <class P, class TY, int MR>
+// kPlain: a short update alone; the sums then never leave the registers.
+template <class P, class TY, int MR, bool kPlain>
 void add_tile(const AddJob& job, const Rows& rows, int64_t n0, int cols, const float* panel) {
   vf acc[MR][kVectors];
   LK_UNROLL
@@ -211,13 +212,13 @@ void add_tile(const AddJob& job, const Rows& rows, int64_t n0, int cols, const f
     LK_UNROLL
     for (int v = 0; v < kVectors; v++) acc[m][v] = zero();
   }
-  const int64_t steps = steps_of<P>(job.update), base_steps = steps_of<P>(job.base);
-  if (steps <= kLongSum) {
+  const int64_t steps = steps_of<P>(job.update), base_steps = kPlain ? 0 : steps_of<P>(job.base);
+  if (kPlain || steps <= kLongSum) {
     add_steps<P, MR>(rows.update, panel, 0, steps, acc);
   } else {
     add_part<P, MR>(rows.update, panel, steps, acc);
   }
-  if (job.mask != nullptr) {
+  if (!kPlain && job.mask != nullptr) {
     LK_UNROLL
     for (int m = 0; m < MR; m++) {
       const uint8_t* bits = job.mask + rows.row[m] * job.mask_stride + n0 / 8;
@@ -232,7 +233,7 @@ void add_tile(const AddJob& job, const Rows& rows, int64_t n0, int cols, const f
     }
   }
   if (base_steps > 0) add_part<P, MR>(rows.base, panel + steps * kPanel, base_steps, acc);
-  const TY* bias = static_cast<const TY*>(job.bias);
+  const TY* bias = kPlain ? nullptr : static_cast<const TY*>(job.bias);
   LK_UNROLL
   for (int m = 0; m < MR; m++) {
     if (m >= rows.count) break;
@@ -282,15 +283,19 @@ void add_rows(const AddJob& job, int64_t m0, int count, int64_t n0, int64_t n1, 
       rows.base[m] = packed_base + m * base_stride;
     }
   }
+  const bool plain =
+      steps <= kLongSum && base_steps == 0 && job.mask == nullptr && job.bias == nullptr;
   for (int64_t n = n0; n < n1; n += kPanel) {
     const float* panel = panels + (n - n0) * (steps + base_steps);
     const int cols = clip(n1 - n, kPanel);
     if (count == 1) {
-      add_tile<P, TY, 1>(job, rows, n, cols, panel);
+      add_tile<P, TY, 1, false>(job, rows, n, cols, panel);
     } else if (count == 2) {
-      add_tile<P, TY, 2>(job, rows, n, cols, panel);
+      add_tile<P, TY, 2, false>(job, rows, n, cols, panel);
+    } else if (plain) {
+      add_tile<P, TY, kRows, true>(job, rows, n, cols, panel);
     } else {
-      add_tile<P, TY, kRows>(job, rows, n, cols, panel);
+      add_tile<P, TY, kRows, false>(job, rows, n, cols, panel);
     }
   }
 }

@@ -66,6 +66,12 @@ Path choose_path(int64_t M, int64_t N, int64_t K, DType dtype, Isa isa, bool bac
   return panel_wins(M, N, K, backward ? N : K, dtype, isa) ? Path::panel : Path::vendor;
 }
 
+// From where no row form of the base product runs: there each row keeps its bits among few others.
+// AVX-512 has registers for a dot form that loads less than it multiplies.
+bool shrink_by_rows(int64_t M, Isa isa, bool invariant) {
+  return !invariant && isa < Isa::avx512 && M > 128;
+}
+
 void record_path(Path path) {
   g_counts[static_cast<int>(path)].fetch_add(1, std::memory_order_relaxed);
   g_last.store(static_cast<int>(path), std::memory_order_relaxed);

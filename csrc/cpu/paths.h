@@ -30,6 +30,9 @@ const char* path_name(Path path);
 Path choose_path(int64_t M, int64_t N, int64_t K, DType dtype, Isa isa, bool backward,
                  bool by_columns, bool invariant);
 
+// Whether a shrink of M rows runs in row form (linear_shrink_isa.cpp).
+bool shrink_by_rows(int64_t M, Isa isa, bool invariant);
+
 void record_path(Path path);
 Path last_path();
 int64_t path_count(Path path);

@@ -49,7 +49,9 @@ def exact(case, out_splits=None):
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(0, 8, 8, 2, 3), (1, 64, 48, 8, 4), (16, 96, 80, 16, 17), (75, 130, 67, 33, 5)], ids=str
+    "shape",
+    [(0, 8, 8, 2, 3), (1, 64, 48, 8, 4), (16, 96, 80, 16, 17), (75, 130, 67, 33, 5), (450, 130, 67, 33, 2)],
+    ids=str,
 )
 def test_bank(backend, dtype, adapter_dtype, shape):
     case = make_multi(*shape, dtype, adapter_dtype)
@@ -92,7 +94,7 @@ def test_slice_of_rank_zero_is_not_targeted(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_tokens", [5, 64])
+@pytest.mark.parametrize("num_tokens", [5, 64, 600])
 def test_lists_of_adapters(backend, dtype, num_tokens):
     case = make_multi(num_tokens, 40, 56, 12, 4, dtype)
     ranks = case.slot_ranks.tolist()
@@ -118,7 +120,7 @@ def test_base_rows_are_bitwise_the_base(backend, dtype, num_tokens):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_tokens", [6, 40])
+@pytest.mark.parametrize("num_tokens", [6, 40, 600])
 def test_adapters_are_isolated(backend, dtype, poison, num_tokens):
     case = make_multi(num_tokens, 64, 48, 8, 4, dtype)
     case.token_slots[: num_tokens // 2] = 1
