@@ -159,7 +159,7 @@ def _factors(case):
 
 
 def _grouped(shape, dtype, adapter_dtype, device):
-    """Two projections of one input, and the gradients of x and of the factors."""
+    """Two projections of one input, the gradients of x and of the factors, and inference, which has its own kernels."""
     num_tokens, features, outputs, rank = shape
     sizes = (num_tokens, features, (outputs, outputs // 2), (rank, rank + 3))
     case = make_grouped(*sizes, dtype, adapter_dtype, device=device)
@@ -174,10 +174,11 @@ def _grouped(shape, dtype, adapter_dtype, device):
         return lambda x, *groups: [one(x, *each, s) for *each, s in zip(*groups, case.scalings, strict=True)]
 
     ours = results(lambda *args: ops.grouped_lora_linear(*args, case.scalings), torch.clone)
-    yield from zip(
-        ours, results(apart(eager_lora_linear), torch.clone), results(apart(exact_lora_linear), torch.Tensor.double),
-        strict=True,
-    )  # fmt: skip
+    eager = results(apart(eager_lora_linear), torch.clone)
+    exact = results(apart(exact_lora_linear), torch.Tensor.double)
+    yield from zip(ours, eager, exact, strict=True)
+    with torch.no_grad():
+        yield from zip(ops.grouped_lora_linear(*case.args()), eager, exact, strict=False)
 
 
 def _shrink_expand(shape, dtype, adapter_dtype, device):

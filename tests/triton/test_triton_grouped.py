@@ -27,7 +27,7 @@ def test_results_and_gradients_are_within_budget(dtypes, device):
 @pytest.mark.parametrize("tokens", [3, 40])
 @pytest.mark.parametrize("tma", [False, True])
 def test_inference_of_three_projections_of_different_ranks(tokens, tma, device, monkeypatch):
-    """Ranks of several blocks, an odd width; few rows take the kernels of one projection."""
+    """Ranks of several blocks, an odd width; few rows of few columns take a projection at a time."""
     tiles = config.Config("two_pass", 32, 32, 32, 4, 1, tma=tma, group_m=2)
     monkeypatch.setattr(triton_grouped, "two_pass_config", lambda *args: tiles)
     case = make_grouped(tokens, 64, (48, 7, 33), (20, 70, 1), torch.float16, device=device)
@@ -78,6 +78,59 @@ def test_all_projections_take_two_launches(need_h, device, monkeypatch):
     y = [torch.empty(40, width, dtype=torch.float16, device=device) for width in (48, 16, 16)]
     triton_grouped.grouped_lora_linear(*case.args(), y, need_h, False)
     assert launches == ["shrink_kernel", "grouped_kernel"]
+
+
+@pytest.fixture
+def one_launch_for_few_rows(monkeypatch):
+    """The names of the kernels that were launched."""
+    tiles, launches = config.Config("decode", 32, 16, 32, 4, 1), []
+    monkeypatch.setattr(triton_grouped, "_FEW_ROWS", 64)
+    monkeypatch.setattr(triton_grouped, "_decode_config", lambda *args: tiles)
+    name, module = "grouped_decode_kernel", triton_grouped.triton_kernels
+    monkeypatch.setattr(module, name, Counted(name, getattr(module, name), launches))
+    return launches
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_few_rows_of_all_projections_in_one_launch(tokens, dtypes, device, one_launch_for_few_rows):
+    """Odd sizes, ranks and widths of each projection its own, an empty one, weights and factors by columns, with and
+    without a bias and a base."""
+    for base in (True, False):  # a big base would hide a wrong update
+        case = make_grouped(tokens, 67, (48, 0, 7, 33), (20, 3, 64, 1), *DTYPES[dtypes], base=base, device=device)
+        x, *groups = case.groups(plain_x=True)
+        by_columns = [[t.t().contiguous().t() for t in group] for group in (groups[0], *groups[2:])]
+        moved = [by_columns[0], [None] * 4, *by_columns[1:]]
+        for weights, biases, lora_a, lora_b in (groups, moved):
+            with torch.no_grad():
+                y = grouped_lora_linear(x, weights, biases, lora_a, lora_b, case.scalings)
+            for i, ours in enumerate(y):
+                one = (x, weights[i], biases[i], lora_a[i], lora_b[i], case.scalings[i])
+                assert_within_budget(ours, eager_lora_linear(*one), exact_lora_linear(*one), f"projection {i}")
+    assert one_launch_for_few_rows == ["grouped_decode_kernel"] * 4
+
+
+def test_few_rows_take_one_launch_where_their_columns_fill_the_gpu():
+    """Those of an 8B model do on sm_90; not where K has to be split, nor large ranks."""
+
+    def tiles(widths, rank, tokens=16):
+        def meta(*shape):
+            return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+        weights, lora_a = [meta(width, 4096) for width in widths], [meta(rank, 4096) for _ in widths]
+        with triton_grouped.host.pretend((9, 0)):
+            return triton_grouped._decode_config(meta(tokens, 4096), weights, lora_a, lora_a)
+
+    for rows in (1, 16, 64):
+        for widths in ((4096, 1024, 1024), (14336, 14336)):
+            assert (tiles(widths, 16, rows).path, tiles(widths, 16, rows).split_k) == ("decode", 1)
+    assert tiles((1024, 1024), 16).split_k > 1
+    assert tiles((4096, 1024, 1024), 65).path != "decode"
+
+
+def test_few_rows_an_inf_in_one_projection_reaches_no_other(device, one_launch_for_few_rows):
+    test_an_inf_in_one_projection_reaches_no_other(device)
+    assert len(one_launch_for_few_rows) == 2
 
 
 def test_an_inf_in_one_projection_reaches_no_other(device):

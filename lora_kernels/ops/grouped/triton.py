@@ -1,22 +1,24 @@
 """Projections that share their input, on Triton: one shrink for all of them, then one launch of all their GEMMs with
-their updates; backward, the gradient of x from all of them in one GEMM.
+their updates; backward, the gradient of x from all of them in one GEMM. Few rows, inference: one launch for all.
 
-The tensors of a group are handed to the kernels as tuples of pointers: nothing is stacked in memory. Of the two
-launches the second is linked to the first (programmatic dependent launch) where the GPU has it.
+The tensors of a group are handed to the kernels as tuples of pointers: nothing is stacked in memory. Of two launches
+the second is linked to the first (programmatic dependent launch) where the GPU has it.
 """
 
+import dataclasses
 import functools
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import triton_host as host
+from ..linear import config
 from ..linear import triton as linear
 from ..linear.triton_gradients import input_gradient, low_rank_of, skinny, sum_planes
 from ..linear.triton_train import two_pass_config
 from . import triton_kernels
 
-_FEW_ROWS = 64  # up to here the weights' bytes are what counts, and the kernels of one projection stream them best
+_FEW_ROWS = 64  # up to here the weights' bytes are what counts, and a decode kernel streams them best
 
 
 def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings, y, need_h, batch_invariant):
@@ -27,8 +29,7 @@ def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings, y, need_h,
         if x.shape[0] == 0:
             return x.new_empty(0, dtype=torch.float32) if h is None else h
         if x.shape[0] <= _FEW_ROWS and not (need_h or batch_invariant):
-            for out, *each in zip(y, weights, biases, lora_a, lora_b, scalings, strict=True):
-                linear.lora_linear_out(out, x, *each, None, False)
+            _few_rows(y, x, weights, biases, lora_a, lora_b, scalings)
             return x.new_empty(0, dtype=torch.float32)
         a = tuple(factor.contiguous() for factor in lora_a)
         u = linear.shrink(
@@ -36,6 +37,45 @@ def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings, y, need_h,
         )
         _add_updates(y, x, weights, biases, u, lora_b, a, batch_invariant)
         return x.new_empty(0, dtype=torch.float32) if h is None else h
+
+
+def _decode_config(x, weights, lora_a, lora_b):
+    """The :class:`Config` of few rows, as of one projection with the columns of all."""
+    sizes = (*x.shape, sum(weight.shape[0] for weight in weights), max(a.shape[0] for a in lora_a), x.element_size())
+    mixed = x.dtype not in (lora_a[0].dtype, torch.float32) or x.dtype != lora_b[0].dtype
+    aligned = all(map(host.aligned, (x, *weights)))
+    gpu = host.capability(x)
+    tiles = config.choose(*sizes, gpu, num_sms=host.num_sms(x), aligned=aligned, mixed=mixed)
+    # Four warps of several projections spill a few bytes on sm_100.
+    return dataclasses.replace(tiles, num_warps=8) if gpu >= (10, 0) else tiles
+
+
+def _few_rows(ys, x, weights, biases, lora_a, lora_b, scalings):
+    """One launch, where the columns of all fill the GPU and the ranks are of ``decode``; else a projection at a time, with
+    K split."""
+    tiles = _decode_config(x, weights, lora_a, lora_b)
+    if tiles.path == "decode" and tiles.split_k == 1:
+        _decode(ys, x, weights, biases, lora_a, lora_b, scalings, tiles)
+        return
+    for y, *each in zip(ys, weights, biases, lora_a, lora_b, scalings, strict=True):
+        linear.lora_linear_out(y, x, *each, None, False)
+
+
+def _decode(ys, x, weights, biases, lora_a, lora_b, scalings, tiles):
+    """All in one launch: each tile makes the h of its projection from the x that it reads; none is stored."""
+    widths, ranks = tuple(b.shape[0] for b in lora_b), tuple(a.shape[0] for a in lora_a)
+    programs = sum(-(-width // tiles.block_n) for width in widths)
+    if programs == 0:
+        return
+    groups = ([tuple(t.stride(d) for t in group) for d in (0, 1)] for group in (ys, weights, lora_a, lora_b))
+    y_strides, w_strides, a_strides, b_strides = groups
+    switches = linear.switches_of(x, biases[0], lora_a[0], lora_b[0], None, tiles)
+    del switches["WIDTHS"], switches["NUM_SLICES"]
+    triton_kernels.grouped_decode_kernel[(programs,)](
+        tuple(ys), x, tuple(weights), tuple(biases), tuple(lora_a), tuple(lora_b), tuple(scalings), *x.shape, widths,
+        ranks, *y_strides, *x.stride(), *w_strides, tuple(host.strides(bias)[0] for bias in biases), *a_strides,
+        *b_strides, NUM_LISTED=len(widths), BLOCK_R=linear.decode_rank_block(max(ranks)), **switches,
+    )  # fmt: skip
 
 
 def _add_updates(ys, x, weights, biases, u, lora_b, lora_a, batch_invariant):
@@ -123,16 +163,24 @@ def _case(name, rows, ranks, dtype, adapter=None, *, features=4096, outputs=(409
     if dtype == torch.float32:
         none |= dict.fromkeys(("shrink_kernel", "skinny_kernel", "dx_kernel", "grouped_kernel"), "none")
     else:
-        none |= {"dx_kernel": "wide", "grouped_kernel": "wide"}
+        none |= dict.fromkeys(("dx_kernel", "grouped_kernel", "grouped_decode_kernel"), "wide")
     return host.StaticCase(f"grouped {name} M{rows} ranks {tuple(ranks)}", call, none)
+
+
+_ODD = (4001, 1021, 1023)
 
 
 def STATIC_CASES():
     """Production sizes, for the static gate: Q, K, V and gate, up of an 8B model."""
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     gate_up = functools.partial(_case, outputs=(14336, 14336))
+    few = ((1, (16, 16, 16)), (16, (16, 16, 16)), (32, (16, 8, 32)), (64, (64, 64, 64)))
     return [
-        _case("bf16, inference,", 16, (16, 16, 16), bf16, train=False),
+        *(_case("bf16, inference,", rows, ranks, bf16, train=False) for rows, ranks in few),
+        gate_up("bf16, inference, gate and up,", 16, (16, 16), bf16, train=False),
+        _case("bf16, adapters f32, inference,", 16, (16, 16, 16), bf16, f32, train=False),
+        _case("f16, adapters f32, inference,", 64, (64, 64, 64), f16, f32, train=False),
+        _case("bf16, odd sizes, inference,", 32, (13, 5, 60), bf16, features=4099, train=False, outputs=_ODD),
         _case("bf16, inference,", 400, (16, 16, 16), bf16, train=False),
         _case("bf16, inference,", 8192, (16, 16, 16), bf16, train=False),
         _case("bf16", 400, (16, 8, 32), bf16),
@@ -140,6 +188,6 @@ def STATIC_CASES():
         gate_up("bf16, gate and up,", 8192, (64, 64), bf16),
         gate_up("bf16, adapters f32, gate and up,", 8192, (16, 16), bf16, f32),
         _case("f16, adapters f32,", 8192, (16, 16, 16), f16, f32),
-        _case("bf16, odd sizes,", 8192, (13, 5, 13), bf16, features=4099, outputs=(4001, 1021, 1023)),
+        _case("bf16, odd sizes,", 8192, (13, 5, 13), bf16, features=4099, outputs=_ODD),
         _case("f32", 8192, (16, 16, 16), f32),
     ]

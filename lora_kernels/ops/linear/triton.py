@@ -134,17 +134,20 @@ def _two_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, batch_invari
     )  # fmt: skip
 
 
+def decode_rank_block(rank):
+    """Rows of A are the wide operand of a tensor core: 64 of them, or the stream of products is serialised."""
+    return config.block_rank(rank, 16 if host.INTERPRETED else 64)
+
+
 def _decode(y, x, weight, bias, a, b, scaling, out_splits, tiles, batch_invariant, switches):
     split, pdl = tiles.split_k, tiles.split_k > 1 and host.has_pdl(x)
     num_rows, out_features = y.shape
     planes = torch.empty((split, *y.shape), dtype=torch.float32, device=y.device) if split > 1 else None
     tiles_n = host.tiles_n(weight, out_splits, tiles.block_n)
-    # Rows of A are the wide operand of a tensor core: 64 of them, or the stream of products is serialised.
-    block_r = config.block_rank(a.shape[1], 16 if host.INTERPRETED else 64)
     triton_kernels.decode_kernel[(tiles_n, split)](
         y, planes, x, weight, bias, a, b, scaling, num_rows, out_features, x.shape[1], a.shape[1],
         *y.stride(), *x.stride(), *weight.stride(), *host.strides(bias), *a.stride(), *b.stride(),
-        PDL=pdl, BLOCK_R=block_r, SPLIT=split, **switches,
+        PDL=pdl, BLOCK_R=decode_rank_block(a.shape[1]), SPLIT=split, **switches,
     )  # fmt: skip
     if split > 1:
         block_m, block_n = min(16, tiles.block_m), 128

@@ -181,23 +181,17 @@ def two_pass_kernel(
 
 
 @triton.jit
-def decode_kernel(
-    y, planes, x, weight, bias, lora_a, lora_b, scaling, num_rows, out_features, in_features, rank,
-    y_row_stride, y_stride, x_row_stride, x_stride, w_row_stride, w_stride, bias_stride,
-    a_slice_stride, a_row_stride, a_stride, b_row_stride, b_stride,
-    WIDTHS: tl.constexpr, NUM_SLICES: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
-    PRECISION: tl.constexpr, LOW_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+def decode_tile(
+    x, weight, lora_a, lora_b, scaling, begin, end, split, num_rows, in_features, rank,
+    x_row_stride, x_stride, w_row_stride, w_stride, a_row_stride, a_stride, b_row_stride, b_stride,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, LOW_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """num_rows <= BLOCK_M, rank <= BLOCK_R. SPLIT 1 writes y; else planes[split] (SPLIT, M, N) float32."""
-    if PDL:
-        gdc_launch_dependents()
-    index, begin, end = column_tile(tl.program_id(0), out_features, WIDTHS, NUM_SLICES, BLOCK_N)
-    split = tl.program_id(1)
-    rows, columns, ranks = tl.arange(0, BLOCK_M), begin + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    """(BLOCK_N, BLOCK_M): columns begin … end of all rows, of one split of K. num_rows <= BLOCK_M, rank <= BLOCK_R."""
+    ranks = tl.arange(0, BLOCK_R)
     x_rows = x + row_numbers(0, num_rows, BLOCK_M)[None, :] * x_row_stride
     w_rows = weight + row_numbers(begin, end, BLOCK_N)[:, None] * w_row_stride
-    a_rows = lora_a + index * a_slice_stride + row_numbers(0, rank, BLOCK_R)[:, None] * a_row_stride
+    a_rows = lora_a + row_numbers(0, rank, BLOCK_R)[:, None] * a_row_stride
     share = tl.cdiv(tl.cdiv(in_features, BLOCK_K), SPLIT) * BLOCK_K
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     h = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
@@ -211,7 +205,29 @@ def decode_kernel(
     u = tl.where((ranks < rank)[:, None], h * tl.load(scaling), 0.0)
     b_rows = lora_b + row_numbers(begin, end, BLOCK_N)[:, None] * b_row_stride
     b_block = load_block(b_rows, ranks[None, :], b_stride, rank, False)
-    acc = dot(b_block, narrow(u, b_block.dtype, UPCAST), acc, LOW_PRECISION, UPCAST)
+    return dot(b_block, narrow(u, b_block.dtype, UPCAST), acc, LOW_PRECISION, UPCAST)
+
+
+@triton.jit
+def decode_kernel(
+    y, planes, x, weight, bias, lora_a, lora_b, scaling, num_rows, out_features, in_features, rank,
+    y_row_stride, y_stride, x_row_stride, x_stride, w_row_stride, w_stride, bias_stride,
+    a_slice_stride, a_row_stride, a_stride, b_row_stride, b_stride,
+    WIDTHS: tl.constexpr, NUM_SLICES: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, LOW_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """num_rows <= BLOCK_M, rank <= BLOCK_R. SPLIT 1 writes y; else planes[split] (SPLIT, M, N) float32."""
+    if PDL:
+        gdc_launch_dependents()
+    index, begin, end = column_tile(tl.program_id(0), out_features, WIDTHS, NUM_SLICES, BLOCK_N)
+    split = tl.program_id(1)
+    rows, columns = tl.arange(0, BLOCK_M), begin + tl.arange(0, BLOCK_N)
+    acc = decode_tile(
+        x, weight, lora_a + index * a_slice_stride, lora_b, scaling, begin, end, split, num_rows, in_features, rank,
+        x_row_stride, x_stride, w_row_stride, w_stride, a_row_stride, a_stride, b_row_stride, b_stride,
+        EVEN_K, PRECISION, LOW_PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, SPLIT,
+    )  # fmt: skip
     if SPLIT == 1:
         store_rows(y, tl.trans(acc), bias, rows, columns, num_rows, end, y_row_stride, y_stride, bias_stride,
                    HAS_BIAS, UPCAST)  # fmt: skip
