@@ -51,8 +51,8 @@ def _decode_config(x, weights, lora_a, lora_b):
 
 
 def _few_rows(ys, x, weights, biases, lora_a, lora_b, scalings):
-    """One launch, where the columns of all fill the GPU and the ranks are of ``decode``; else a projection at a time, with
-    K split."""
+    """One launch, where the columns of all fill the GPU and the ranks are of ``decode``; else a projection at a time,
+    with K split."""
     tiles = _decode_config(x, weights, lora_a, lora_b)
     if tiles.path == "decode" and tiles.split_k == 1:
         _decode(ys, x, weights, biases, lora_a, lora_b, scalings, tiles)

@@ -1,5 +1,5 @@
-"""Device code of ``grouped_lora_linear``: projections that share x in one launch, many rows (after the shrink of all) and
-few."""
+"""Device code of ``grouped_lora_linear``: projections that share x in one launch, many rows (after the shrink of all)
+and few."""
 
 import triton
 import triton.language as tl
