@@ -10,23 +10,29 @@ from torch import empty, nn
 _CONTAINERS = frozenset({dict, set, type(nn.Module()._forward_hooks)})
 
 
-def maker(kind, like=None):
-    """A function that makes what ``kind()`` does (or a ``kind`` with the state that ``like()`` has)."""
-    state = (like or kind)().__dict__
+def filler(like):
+    """A function that gives a module the state that ``like()`` has."""
+    state = like().__dict__
     fresh = [(key, value.__class__) for key, value in state.items() if value.__class__ in _CONTAINERS]
     shared = {key: value for key, value in state.items() if value.__class__ not in _CONTAINERS}
 
-    def make():
-        module = kind.__new__(kind)
+    def fill(module):
         own = module.__dict__
         own.update(shared)
         for key, container in fresh:
             own[key] = container()
         return module
 
-    return make
+    return fill
 
 
+def maker(kind, like=None):
+    """A function that makes what ``kind()`` does (or a ``kind`` with the state that ``like()`` has)."""
+    fill, new = filler(like or kind), kind.__new__
+    return lambda: fill(new(kind))
+
+
+start = filler(nn.Module)  # what ``nn.Module.__init__`` does
 module_dict, parameter_dict, identity = maker(nn.ModuleDict), maker(nn.ParameterDict), maker(nn.Identity)
 _register = nn.Module.register_parameter
 _linear = maker(nn.Linear, nn.Module)

@@ -40,11 +40,10 @@ def initialise(layer, name, init):
     a, b = layer._start_factors(name)
     if a.is_meta:
         return None
-    with torch.no_grad():
-        if kind == "orthogonal":
-            _orthogonal(a, b)
-        else:
-            layer._reset(name, kind)
+    if kind == "orthogonal":
+        _orthogonal(a, b)
+    else:
+        layer._reset(name, kind)
     return None
 
 
@@ -57,6 +56,7 @@ def reset(a, b, kind, r):
     b.detach().zero_()
 
 
+@torch.no_grad()
 def _orthogonal(a, b):
     """A and B on complementary halves of an orthogonal basis of the rank space; small, and not without effect."""
     r, half = a.shape[0], a.shape[0] // 2

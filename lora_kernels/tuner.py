@@ -181,9 +181,9 @@ class LoraModel(TunerFacts, ModelChoosing, ModelMerging, ModelCombining, nn.Modu
         def give(target, layer, old, **changed):
             if old is not layer:
                 undo.append((layer.unwrap,))
-                layer._active_adapter = self.active_adapters
-                layer._rows = self._rows
-                layer.enable_adapters(not disabled)
+                layer.__dict__.update(_active_adapter=self.active_adapters, _rows=self._rows)
+                if disabled:
+                    layer.enable_adapters(False)
             undo.append((layer._drop, adapter_name))
             replaced = layer.update_layer(adapter_name, target.r, target.lora_alpha, **{**options, **changed})
             if replaced is not None:
@@ -236,7 +236,7 @@ class LoraModel(TunerFacts, ModelChoosing, ModelMerging, ModelCombining, nn.Modu
 
     def _unfuse(self, undo):
         """Turns off torch's fused encoder path, which reads the weights of linear layers without calling them."""
-        for module in each_module(self.model):
+        for module in each_module(self.model, LoraLayer):
             attribute = _FUSED.get(type(module))
             value = getattr(module, attribute, 0) if attribute else 0
             if value and any(isinstance(m, LoraLayer) for m in module.modules()):
@@ -257,12 +257,12 @@ class LoraModel(TunerFacts, ModelChoosing, ModelMerging, ModelCombining, nn.Modu
 
     def _freeze_base(self, bias):
         """Only the adapter trains, and the base biases that ``bias`` names."""
-        done = {id(p) for layer in self.lora_layers() for n in layer.r for p in layer._parameters_of(n)}
-        for module in each_module(self.model):
+        done = set()
+        for module in each_module(self.model, LoraLayer):
             for name, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) not in done:
                     done.add(id(parameter))
-                    parameter.requires_grad_(bias == "all" and name == "bias")
+                    parameter.requires_grad = bias == "all" and name == "bias"
         for part in self._parts():
             if isinstance(part, AuxiliaryTrainingWrapper):
                 part.original_module.requires_grad_(False)

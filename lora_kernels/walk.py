@@ -3,15 +3,17 @@
 from torch import nn
 
 
-def each_module(model):
-    """What ``model.modules()`` gives, in its order."""
+def each_module(model, around=()):
+    """What ``model.modules()`` gives, in its order; of layers of the class ``around`` only what they are around."""
     seen, stack = set(), [model]
     while stack:
         module = stack.pop()
         if module is not None and module not in seen:
             seen.add(module)
             yield module
-            stack.extend(reversed(module._modules.values()))
+            children = module._modules
+            if children:
+                stack.extend([children["base_layer"]] if isinstance(module, around) else reversed(children.values()))
 
 
 def named_modules(model):

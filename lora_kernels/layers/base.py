@@ -45,7 +45,7 @@ class LoraLayer(AdapterChoice, MergedWeight, nn.Module):
     _shared = None  # the weight that is kept aside while a copy of it is merged into
 
     def __init__(self, base_layer):
-        super().__init__()
+        bare.start(self)
         if not (self.accepts(base_layer) or isinstance(base_layer, self.takes)):
             raise TypeError(f"base_layer: {type(self).__name__} does not take a {type(base_layer).__name__}")
         # Straight into the dicts: nn.Module's way to set an attribute is most of what wrapping a layer costs.
@@ -68,8 +68,9 @@ class LoraLayer(AdapterChoice, MergedWeight, nn.Module):
             _disable_adapters=False,
             _rows=Rows(),  # shared by all layers of a model
         )  # fmt: skip
-        for module in (self, *own.values()):
-            module.__dict__["training"] = base_layer.training
+        if not base_layer.training:
+            for module in (self, *own.values()):
+                module.__dict__["training"] = False
         self._reroute()
 
     @classmethod
@@ -181,12 +182,11 @@ class LoraLayer(AdapterChoice, MergedWeight, nn.Module):
             self._make_adapter(adapter_name, r, device, dtype, lora_bias)
             dropout = nn.Dropout(lora_dropout) if lora_dropout else bare.identity()
             self._modules["lora_dropout"]._modules[adapter_name] = dropout
-            self.scaling.make(adapter_name, weight)
             self._non_persistent_buffers_set.add(scaling_buffer(adapter_name))
             self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
             self.use_rslora[adapter_name] = use_rslora
             self.use_dora[adapter_name], self.lora_bias[adapter_name] = use_dora, lora_bias
-            self.scaling[adapter_name] = self._own_scaling(adapter_name)
+            self.scaling.start(adapter_name, self._own_scaling(adapter_name), weight)
             replaced = initialise(self, adapter_name, init_lora_weights)
             if use_dora:
                 dora.add(self, adapter_name, device, dtype)
@@ -196,7 +196,8 @@ class LoraLayer(AdapterChoice, MergedWeight, nn.Module):
                 weight.data = replaced
             raise
         dropout.__dict__["training"] = self.training
-        self.set_requires_grad(adapter_name, adapter_name in self._active_adapter and not inference_mode)
+        if inference_mode or adapter_name not in self._active_adapter:
+            self.set_requires_grad(adapter_name, False)
         self._reroute()
         return replaced
 
@@ -332,9 +333,9 @@ class LoraLayer(AdapterChoice, MergedWeight, nn.Module):
         state = self.__dict__  # nn.Module's own way to set an attribute costs more than all the rest
         merged, names = state["_merged"], state["_active_adapter"]
         if len(names) == 1 and names[0] in state["r"] and not merged and not state["_disable_adapters"]:
-            special = state["use_dora"][names[0]] or state["lora_bias"][names[0]]
-            state["_terms"], single = _alone(names[0])
-            state["_single"] = None if special else single
+            (name,) = names
+            state["_terms"], single = _alone(name)
+            state["_single"] = None if state["use_dora"][name] or state["lora_bias"][name] else single
             return
         if state["_disable_adapters"] and not merged:
             state["_terms"], state["_single"] = (), None

@@ -28,14 +28,17 @@ class Scaling(dict):
         return Scaling, (self.buffers, dict(self))
 
     def __setitem__(self, name, value):
-        super().__setitem__(name, float(value))
-        (self.zeros.discard if self[name] else self.zeros.add)(name)
+        self._note(name, value)
         self._fill(name)
 
-    def make(self, name, weight):
-        """A buffer beside ``weight`` for an adapter that has no scaling yet; the next assignment fills it."""
-        with torch.inference_mode(False):
-            self.buffers[scaling_buffer(name)] = torch.empty((), dtype=wide_dtype(weight), device=weight.device)
+    def start(self, name, value, weight):
+        """The scaling of an adapter that has none yet, and its buffer beside ``weight``."""
+        self._note(name, value)
+        self.buffers[scaling_buffer(name)] = _buffer(self[name], wide_dtype(weight), weight.device)
+
+    def _note(self, name, value):
+        super().__setitem__(name, float(value))
+        (self.zeros.discard if self[name] else self.zeros.add)(name)
 
     def update(self, *args, **kwargs):
         for name, value in dict(*args, **kwargs).items():
@@ -50,9 +53,15 @@ class Scaling(dict):
     def _fill(self, name):
         key = scaling_buffer(name)
         buffer = self.buffers[key]
+        if buffer.dtype not in (torch.float32, torch.float64) or buffer.is_inference():
+            self.buffers[key] = _buffer(self[name], wide_dtype(buffer), buffer.device)
+        else:
+            buffer.fill_(self[name])
+
+
+def _buffer(value, dtype, device):
+    """A 0-d tensor that may be written to in any mode, as one made in inference mode may not."""
+    if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            if buffer.dtype not in (torch.float32, torch.float64) or buffer.is_inference():
-                dtype = wide_dtype(buffer)
-                self.buffers[key] = torch.full((), self[name], dtype=dtype, device=buffer.device)
-            else:
-                buffer.fill_(self[name])
+            return torch.full((), value, dtype=dtype, device=device)
+    return torch.full((), value, dtype=dtype, device=device)
