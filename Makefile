@@ -94,9 +94,9 @@ abi: $(READY)  ## run the ops compiled here under the oldest torch that is suppo
 avx512: $(READY)  ## test the AVX-512 kernels on a CPU with AVX2, the instructions emulated
 	$(call say,Compiling the AVX-512 kernels against csrc/emulate/avx512.h)
 	$(PY) -m build_support.emulated_avx512
-	for isa in avx512 avx512bf16; do cd $(CURDIR)/build/avx512 && LORA_KERNELS_CPU_ISA=$$isa OMP_NUM_THREADS=2 \
+	for isa in avx512 avx512bf16; do cd $(CURDIR)/build/avx512 && PYTHONPATH=$(CURDIR) LORA_KERNELS_CPU_ISA=$$isa OMP_NUM_THREADS=2 \
 	  $(if $(LK_PYTHON),$(PY),$(abspath $(PY))) -m pytest $(addprefix $(CURDIR)/tests/,exact ops/test_native_linear.py ops/test_native_merge.py \
-	  ops/test_native_dropout.py ops/test_multi.py) -m "not slow" $(PYTEST_ARGS); done
+	  ops/test_native_dropout.py ops/test_multi.py) -m "not slow" $(PYTEST_ARGS) || exit 1; done
 
 clean:  ## remove everything made here: environments, builds, caches
 	rm -rf .venv* build dist *.egg-info demo_out .pytest_cache .ruff_cache .hypothesis .benchmarks
