@@ -34,9 +34,9 @@ def _against_peft(paths):
 
 
 def _detail(what):
-    """ ", exact merge" of "PEFT's merge / exact merge"; nothing of "PEFT / ours"."""
+    """ ", exact merge" of "PEFT's merge / exact merge"; nothing of "PEFT / ours" and what follows it."""
     ours = what.partition(" / ")[2]
-    return "" if ours == "ours" else f", {ours}"
+    return "" if ours.split(" ")[0] == "ours" else f", {ours}"
 
 
 def _table(path):
