@@ -307,8 +307,7 @@ class MergedWeight:
 
     def _usable(self, *factors):
         """Factors in a dtype that the ops take: the one of the weight, or float32."""
-        dtype = self.weight.dtype
-        return tuple(f if f.dtype in (dtype, torch.float32) else f.float() for f in factors)
+        return tuple(f if f.dtype is torch.float32 or f.dtype is self.weight.dtype else f.float() for f in factors)
 
 
 def warn_of_merged(merged, new):

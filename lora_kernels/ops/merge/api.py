@@ -71,13 +71,21 @@ def _apply_list(weights, adapters, sign):
     weights, adapters = list(weights), list(adapters)
     if len(weights) != len(adapters):
         raise ValueError(f"adapters: expected one for each of {len(weights)} weights, got {len(adapters)}")
-    terms = []
+    terms, scalings = [], {}  # the scaling is most often one for all
     for index, (weight, adapter) in enumerate(zip(weights, adapters, strict=True)):
         name = f"adapters[{index}]"
         if not isinstance(adapter, (tuple, list)) or len(adapter) != 3:
             raise TypeError(f"{name}: expected (lora_a, lora_b, scaling), got {adapter!r:.80}")
         checks.tensor("weights", weight)
-        terms.append((weight, *adapter[:2], scaling_tensor(adapter[2], weight, f"{name}[2] (scaling)")))
+        lora_a, lora_b, scaling = adapter
+        if type(scaling) is float:
+            key = scaling, weight.dtype, weight.device
+            if key not in scalings:
+                scalings[key] = scaling_tensor(scaling, weight)
+            scaling = scalings[key]
+        else:
+            scaling = scaling_tensor(scaling, weight, f"{name}[2] (scaling)")
+        terms.append((weight, lora_a, lora_b, scaling))
     groups = _together(terms)
     # One call of the native kernel checks all before it writes; several, or others, are checked here first.
     checks_itself = len(groups) == 1 and not dispatch.check_first and all(w.device.type == "cpu" for w in weights)
