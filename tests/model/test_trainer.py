@@ -10,14 +10,16 @@ import lora_kernels as lk
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+AdapterTrainer = pytest.importorskip("lora_kernels.integrations.trainer").AdapterTrainer
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def trained(package, folder, steps, resume=False):
+def trained(package, folder, steps, resume=False, trainer=transformers.Trainer, **more):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=20))
     model = package.get_peft_model(base, package.LoraConfig(task_type="CAUSAL_LM", r=2))
+    model.add_adapter("idle", package.LoraConfig(task_type="CAUSAL_LM", r=3))
     rows = [{"input_ids": (torch.arange(6) + i) % 20, "labels": (torch.arange(6) + i) % 20} for i in range(8)]
     options = {
         "save_steps": 2,
@@ -25,11 +27,12 @@ def trained(package, folder, steps, resume=False):
         "report_to": [],
         "use_cpu": True,
         "disable_tqdm": True,
+        **more,
     }
     arguments = transformers.TrainingArguments(
         str(folder), max_steps=steps, learning_rate=0.1, lr_scheduler_type="constant", **options
     )
-    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+    trainer = trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -52,3 +55,43 @@ def test_trainer_saves_the_adapter_of_peft_alone_and_all_of_our_model(tmp_path):
         assert {"adapter_config.json", "adapter_model.safetensors"} <= {*os.listdir(folder / "adapter")}
     assert found == [True, False]
     assert abs(losses[0] - losses[1]) < 1e-4
+
+
+def test_adapter_trainer_saves_the_adapters_alone_and_goes_on_from_them(tmp_path):
+    trained(lk, tmp_path, 2, trainer=AdapterTrainer)
+    files = {*os.listdir(tmp_path / "checkpoint-2")}
+    assert {"adapter_config.json", "adapter_model.safetensors", "idle", "optimizer.pt", "training_args.bin"} <= files
+    assert "model.safetensors" not in files
+    resumed = trained(lk, tmp_path, 4, resume=True, trainer=AdapterTrainer)
+    whole = trained(lk, tmp_path / "whole", 4)
+    for name in ("default", "idle"):
+        state, expected = (lk.get_peft_model_state_dict(t.model, adapter_name=name) for t in (resumed, whole))
+        torch.testing.assert_close(state, expected)
+    resumed.model.load_adapter(tmp_path / "checkpoint-4", "again")
+    state = lk.get_peft_model_state_dict(resumed.model, adapter_name="again")
+    torch.testing.assert_close(state, lk.get_peft_model_state_dict(whole.model))
+
+
+def test_adapter_trainer_loads_the_best_adapters_at_the_end(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
+    trainer = trained(lk, tmp_path, 6, trainer=AdapterTrainer, **options)  # the loss falls: the first one is best
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    first = trained(lk, tmp_path / "first", 2)
+    state, expected = (lk.get_peft_model_state_dict(t.model) for t in (trainer, first))
+    torch.testing.assert_close(state, expected)
+    trained_now = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    assert trained_now
+    assert all("default" in name for name in trained_now)
+
+
+def test_adapter_trainer_reads_checkpoints_of_the_whole_model(tmp_path):
+    trained(lk, tmp_path, 2)
+    assert "model.safetensors" in os.listdir(tmp_path / "checkpoint-2")
+    resumed = trained(lk, tmp_path, 4, resume=True, trainer=AdapterTrainer)
+    whole = trained(lk, tmp_path / "whole", 4)
+    torch.testing.assert_close(*[lk.get_peft_model_state_dict(t.model) for t in (resumed, whole)])
+
+
+def test_adapter_trainer_is_the_plain_one_for_other_models(tmp_path):
+    trained(peft, tmp_path, 2, trainer=AdapterTrainer)
+    assert "adapter_model.safetensors" in os.listdir(tmp_path / "checkpoint-2")
