@@ -103,7 +103,7 @@ bench multi 15
 bench grouped 15
 # Shows that tuning works here; `lora_kernels tune` alone measures every shape and takes its time to compile them.
 run tune 40 "$PYTHON" -m lora_kernels tune --op merge_ input_gradient lora_linear --shape 4096x4096 --tokens 8192 \
-  --rank 16 --seconds 0.1 --budget 20 --out "$folder/tuned.json"
+  --rank 16 --slots 8 --group --seconds 0.1 --budget 20 --out "$folder/tuned.json"
 if [ $dry = 1 ] || command -v compute-sanitizer >/dev/null; then
   left=$((dry ? 35 : 590 - SECONDS)) # the last part, and the slowest, has what the others left
   run sanitize $((left < 35 ? 35 : left)) bash bench/sanitize.sh "$folder"

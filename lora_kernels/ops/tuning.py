@@ -27,6 +27,7 @@ OPS = {
     "lora_expand_": multi.Tiles,
     "input_gradient": linear.Config,
     "skinny": train_config.SkinnyConfig,
+    "grouped_lora_linear": linear.Config,
     "merge_": merge.Tiles,
     "switch_": merge.Tiles,
 }
@@ -35,6 +36,7 @@ WORDS = {
     "lora_linear": ("decode", "one_pass", "two_pass", "vendor"),
     "multi_lora_linear": ("decode", "fused", "vendor"),
     "input_gradient": ("dx",),
+    "grouped_lora_linear": ("decode", "two_pass", "apart"),
 }
 _trial = None  # (op, configuration) while ``tune`` measures
 
@@ -45,9 +47,10 @@ def power_of_two(number, least=1):
 
 def key(**sizes):
     """Key of a call in a file: ``key(M=100, K=64)`` is ``"M128 K64"``. Of M (rows), L (slots), R (rank) and C (columns
-    of h) the next power of two counts."""
+    of h) the next power of two counts; no slots, "L0", are one adapter for all rows."""
     rounded = {"M": 1, "L": 1, "R": 16, "C": 16}
-    return " ".join(f"{n}{power_of_two(v, rounded[n]) if n in rounded else v}" for n, v in sizes.items())
+    names = {n: power_of_two(v, rounded[n]) if n in rounded and v else v for n, v in sizes.items()}
+    return " ".join(f"{name}{value}" for name, value in names.items())
 
 
 def file_of(gpu):
@@ -96,12 +99,13 @@ def _meant(op, kind):
 
 
 def write(path, gpu, configs):
-    """Writes ``{op: {key: configuration}}``, whole or not at all."""
+    """Writes ``{op: {key: configuration}}``, whole or not at all; calls of this process take it from then on."""
     texts = {op: {k: dataclasses.asdict(each[k]) for k in sorted(each)} for op, each in sorted(configs.items())}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps({"gpu": gpu, "configs": texts}, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
+    _of_gpu.cache_clear()
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import itertools
 
 import torch
 
+from ..ops.grouped import triton as grouped
 from ..ops.linear import triton as linear
 from ..ops.linear import triton_gradients as gradients
 from ..ops.merge import triton as merge
@@ -72,17 +73,41 @@ def _expand(p, normal, one):
     return _rotated(b, lambda bank: multi.lora_expand_(y, h, bank, scalings, None, *plan, None, False))
 
 
+def _grouped(p, normal, one):
+    x, count = normal(p.num_tokens, p.in_features), len(p.widths)
+    a, b = [normal(p.rank, p.in_features) for _ in p.widths], [normal(width, p.rank) for width in p.widths]
+    y, weight = [x.new_empty((p.num_tokens, width)) for width in p.widths], normal(p.out_features, p.in_features)
+    terms = ([None] * count, a, b, [one] * count, y, p.train, False)
+    return _rotated(weight, lambda w: grouped.grouped_lora_linear(x, w.split(p.widths), *terms))
+
+
+def _mask(p):
+    """Dropout's packed bits, half of them set; None without dropout."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (p.num_tokens, -(-p.in_features // 8))
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) if p.dropout else None
+
+
 def _input_gradient(p, normal, one):
-    dy, g = normal(p.num_tokens, p.out_features), normal(p.num_tokens, p.rank)
-    a, dx = normal(1, p.rank, p.in_features), normal(p.num_tokens, p.in_features)
-    weight = normal(p.out_features, p.in_features)
-    return _rotated(weight, lambda w: gradients.input_gradient(dx, (dy,), (w,), g, a))
+    widths = list(p.widths or (p.out_features,))
+    dys, g = [normal(p.num_tokens, width) for width in widths], normal(p.num_tokens, p.rank * len(widths))
+    a, dx = normal(max(1, p.num_slots), g.shape[1], p.in_features), normal(p.num_tokens, p.in_features)
+    weight, mask = normal(p.out_features, p.in_features), _mask(p)
+    options = {"mask": None if mask is None else mask.to(dx.device)}
+    if p.num_slots:
+        options["row_slots"] = torch.arange(p.num_tokens, dtype=torch.int32, device=dx.device) % p.num_slots
+    return _rotated(weight, lambda w: gradients.input_gradient(dx, tuple(dys), w.split(widths), g, a, **options))
 
 
 def _skinny(p, normal, one):
-    left, factor = normal(p.num_tokens, p.in_features), normal(1, p.in_features, p.rank)
+    left, slots = normal(p.num_tokens, p.in_features), max(1, p.num_slots)
+    factor, mask = normal(slots, p.in_features, p.rank), _mask(p)
     right = torch.zeros((p.num_tokens, p.rank), dtype=torch.float32 if p.low else left.dtype, device=left.device)
-    options = {"right": right, "need_low": p.low, "by_rank": not p.low}
+    options = {"right": right if p.grad else None, "need_low": p.low, "by_rank": not p.low}
+    options["mask"] = None if mask is None else mask.to(left.device)
+    if p.num_slots:
+        one, plan = _rows(p, one)
+        options |= {"segments": plan, "num_slots": slots}
     return _rotated(left, lambda tall: gradients.skinny(tall, factor, one, **options))
 
 
@@ -101,6 +126,7 @@ _CALLS = {
     "lora_expand_": _expand,
     "input_gradient": _input_gradient,
     "skinny": _skinny,
+    "grouped_lora_linear": _grouped,
     "merge_": _merge,
     "switch_": _merge,
 }

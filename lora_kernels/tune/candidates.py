@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 from ..ops import tuning
+from ..ops.grouped import config as grouped
 from ..ops.linear import config as linear
 from ..ops.linear import train_config
 from ..ops.merge import config as merge
@@ -25,7 +26,11 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One call to be tuned. ``skinny`` has ``out_features`` 0; ``low``: its second product is asked for too."""
+    """One call to be tuned. ``skinny`` has ``out_features`` 0.
+
+    ``num_slots``: 0 is one adapter for all rows. ``widths``: out_features of projections that share their input.
+    ``grad``, ``low``: which products of ``skinny`` are asked for. ``dropout``: through a mask. ``train``: h comes out.
+    """
 
     op: str
     num_tokens: int
@@ -33,16 +38,25 @@ class Problem:
     out_features: int
     rank: int
     num_slots: int = 0
+    grad: bool = True
     low: bool = False
+    dropout: bool = False
+    widths: tuple = ()
+    train: bool = False
 
     @property
     def sizes(self):
         """What the launcher of the op gives to :func:`~lora_kernels.ops.tuning.measured`."""
         m, k, n, r = self.num_tokens, self.in_features, self.out_features, self.rank
-        if self.op in ("lora_linear", "input_gradient"):
+        masked, terms = {"D": int(self.dropout), "L": self.num_slots}, {"T": max(1, len(self.widths))}
+        if self.op == "lora_linear":
             return {"M": m, "K": k, "N": n, "R": r, "B": _HALF}
+        if self.op == "grouped_lora_linear":
+            return {"M": m, "K": k, "N": n, "R": r, **terms, "H": int(self.train), "B": _HALF}
+        if self.op == "input_gradient":  # g of several projections stands side by side
+            return {"M": m, "K": k, "N": n, "R": r * terms["T"], **terms, **masked, "B": _HALF}
         if self.op == "skinny":
-            return {"M": m, "K": k, "R": r, "G": 1, "H": int(self.low), "B": _HALF}
+            return {"M": m, "K": k, "R": r, "G": int(self.grad), "H": int(self.low), **masked, "B": _HALF}
         if self.op in ("merge_", "switch_"):
             return {"N": n, "K": k, "R": r, "B": _HALF}
         return {"M": m, "K": k, "N": n, "C": r, "L": self.num_slots, "B": _HALF}
@@ -52,21 +66,48 @@ class Problem:
         return tuning.key(**self.sizes)
 
 
-def problems(ops, shapes, tokens, ranks, slots):
-    """Every :class:`Problem` of these ops once; ``shapes`` are (in_features, out_features)."""
+def problems(ops, shapes, tokens, ranks, slots, groups=()):
+    """Every :class:`Problem` of these ops once; ``shapes`` are (in_features, out_features), ``groups`` (in_features,
+    out_features of each projection)."""
     found = []
-    for op, (k, n), rank in itertools.product(ops, shapes, ranks):
-        if op in ("merge_", "switch_"):
-            found.append(Problem(op, 0, k, n, rank))
-        elif op == "skinny":  # dB and dh from dY; dA from x
-            found += [p for m in tokens for p in (Problem(op, m, n, 0, rank, low=True), Problem(op, m, k, 0, rank))]
-        elif op in ("multi_lora_linear", "lora_shrink", "lora_expand_"):
-            # The two halves see one dense matrix each: x for the one, y for the other.
-            width = {"lora_shrink": k, "lora_expand_": n}.get(op)
-            found += [Problem(op, m, width or k, width or n, rank, num_slots) for m in tokens for num_slots in slots]
-        else:
-            found += [Problem(op, m, k, n, rank) for m in tokens]
+    for op, rank in itertools.product(ops, ranks):
+        for k, n in shapes:
+            found += _of_shape(op, k, n, rank, tokens, slots)
+        for (k, widths), m in itertools.product(groups, tokens):
+            one = Problem(op, m, k, sum(widths), rank, widths=tuple(widths))
+            if op == "grouped_lora_linear":
+                found += [one, dataclasses.replace(one, train=True)]
+            elif op == "input_gradient":
+                found.append(one)
     return list({(problem.op, problem.key): problem for problem in found}.values())
+
+
+def _of_shape(op, k, n, rank, tokens, slots):
+    if op == "grouped_lora_linear":
+        return []
+    if op in ("merge_", "switch_"):
+        return [Problem(op, 0, k, n, rank)]
+    if op == "skinny":
+        each = [_skinny_problems(m, k, n, rank, num_slots) for m in tokens for num_slots in (0, *slots)]
+        return [problem for group in each for problem in group]
+    if op == "input_gradient":
+        variants = [{}, {"dropout": True}, *({"num_slots": num_slots} for num_slots in slots)]
+        return [Problem(op, m, k, n, rank, **variant) for m in tokens for variant in variants]
+    if op in ("multi_lora_linear", "lora_shrink", "lora_expand_"):
+        # The two halves see one dense matrix each: x for the one, y for the other.
+        width = {"lora_shrink": k, "lora_expand_": n}.get(op)
+        return [Problem(op, m, width or k, width or n, rank, num_slots) for m in tokens for num_slots in slots]
+    return [Problem(op, m, k, n, rank) for m in tokens]
+
+
+def _skinny_problems(m, k, n, rank, num_slots=0):
+    """dB and dh from dY, dA from x; of one adapter dA under dropout too, of several h from x."""
+    last = {"grad": False, "low": True} if num_slots else {"dropout": True}
+    return [
+        Problem("skinny", m, n, 0, rank, num_slots, low=True),
+        Problem("skinny", m, k, 0, rank, num_slots),
+        Problem("skinny", m, k, 0, rank, num_slots, **last),
+    ]
 
 
 def candidates(problem, gpu):
@@ -118,23 +159,35 @@ def _gemms(num_tokens, wide):
             yield block_m, block_n, 64 if wide else 32, 8 if block_m * block_n > 64 * 128 else 4, stages
 
 
+def _grouped(p, gpu):
+    sizes = (p.num_tokens, p.in_features, p.widths, p.rank, _HALF, gpu.capability)
+    found = [grouped.choose(*sizes, keep_h=p.train, num_sms=gpu.num_sms)]
+    one = dataclasses.replace(p, op="lora_linear")  # of all columns together
+    found += [tiles for tiles in _lora_linear(one, gpu)[1:] if tiles.path in ("decode", "two_pass")]
+    few = ((16, 64), (16, 128), (32, 64), (64, 64)) if p.num_tokens <= grouped.FEW_ROWS else ()
+    found += [*(linear.Config("two_pass", *blocks, 64, 4, 3) for blocks in few), grouped.APART]
+    kept = (tiles for tiles in found[1:] if tiles.split_k == 1 and grouped.takes(tiles, p.num_tokens, p.rank, p.train))
+    return [found[0], *kept]
+
+
 def _input_gradient(p, gpu):
-    rule = train_config.input_gradient(p.num_tokens, _HALF, False, False, True, False, gpu.capability, False)
+    several = p.num_slots > 0
+    rule = train_config.input_gradient(p.num_tokens, _HALF, False, p.dropout, True, several, gpu.capability, False)
     wide = gpu.capability >= (9, 0)
     return [rule, *(linear.Config("dx", *blocks, tma=wide) for blocks in _gemms(max(p.num_tokens, 64), wide))]
 
 
 def _skinny(p, gpu):
-    m, columns = p.num_tokens, p.in_features
+    m, columns, slots = p.num_tokens, p.in_features, max(1, p.num_slots)
     rule = train_config.skinny(
-        m, lambda width: -(-columns // width), p.rank, 1, _HALF, False, False, True, gpu.capability, gpu.num_sms
+        m, lambda width: -(-columns // width), p.rank, slots, _HALF, False, p.dropout, True, gpu.capability, gpu.num_sms
     )
-    found, (block_r, blocks) = [rule], train_config.block_rank(p.rank)
+    found = [rule]
     for block_m, block_n, stages, waves in itertools.product((32, 64, 128), (64, 128, 256), (2, 3), (1, 2, 4)):
-        programs = -(-columns // block_n) * blocks
+        programs = -(-columns // block_n) * -(-p.rank // rule.block_r) * slots
         split = max(1, min(waves * gpu.num_sms // programs, m // (4 * block_m), 64))
         warps = 8 if block_m * block_n > 32 * 128 else 4
-        found.append(train_config.SkinnyConfig(block_m, block_n, block_r, split, warps, stages))
+        found.append(train_config.SkinnyConfig(block_m, block_n, rule.block_r, split, warps, stages))
     return found
 
 
@@ -184,6 +237,7 @@ _CANDIDATES = {
     "lora_expand_": lambda p, gpu: [_multi_rule(p, gpu).expand, *_expands()],
     "input_gradient": _input_gradient,
     "skinny": _skinny,
+    "grouped_lora_linear": _grouped,
     "merge_": _merges,
     "switch_": _merges,
 }

@@ -13,6 +13,7 @@ from ..ops import triton_backend, tuning
 from .candidates import Gpu, candidates, problems
 
 SHAPES = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))  # K, N
+GROUPS = ((4096, (4096, 1024, 1024)), (4096, (14336, 14336)))  # K, N of each projection: q, k, v; gate, up
 TOKENS = (1, 16, 64, 128, 512, 2048, 8192)
 RANKS = (16, 64)
 SLOTS = (8, 64)
@@ -94,7 +95,7 @@ def main(argv=None):
     except ValueError as error:
         print(f"lora_kernels tune: {error}", file=sys.stderr)
         return 2
-    every = problems(args.op, args.shape, args.tokens, args.rank, args.slots)
+    every = problems(args.op, args.shape, args.tokens, args.rank, args.slots, args.group)
     todo = [each for each in every if args.again or each.key not in known.get(each.op, {})]
     if len(todo) < len(every):
         print(f"{len(every) - len(todo)} of {len(every)} shapes were measured before (--again measures them anew)")
@@ -144,6 +145,8 @@ def _arguments(argv):
     parser.add_argument("--op", nargs="+", choices=tuning.OPS, default=list(tuning.OPS), help="default: all")
     parser.add_argument("--shape", nargs="+", type=_shape, default=SHAPES, metavar="KxN",
                         help="in_features x out_features; default: Llama 3 8B's")  # fmt: skip
+    parser.add_argument("--group", nargs="*", type=_group, default=GROUPS, metavar="KxN,N",
+                        help="the same of projections that share their input; default: Llama 3 8B's")  # fmt: skip
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, metavar="M")
     parser.add_argument("--rank", nargs="+", type=int, default=RANKS)
     parser.add_argument("--slots", nargs="+", type=int, default=SLOTS, help="of the ops of many adapters")
@@ -166,4 +169,13 @@ def _shape(text):
     return in_features, out_features
 
 
+def _group(text):
+    in_features, widths = text.lower().split("x")
+    found = int(in_features), tuple(int(width) for width in widths.split(","))
+    if min(found[0], *found[1]) < 1:
+        raise ValueError(text)
+    return found
+
+
+_group.__name__ = "KxN,N such as 4096x4096,1024,1024"
 _shape.__name__ = "KxN such as 4096x1024"  # what argparse says was expected

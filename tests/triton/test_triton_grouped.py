@@ -1,5 +1,7 @@
 """Projections that share their input on Triton, forward and backward: against float64 and to the bit."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ triton_grouped = pytest.importorskip("lora_kernels.ops.grouped.triton")
 
 @pytest.fixture(autouse=True)
 def _two_passes_for_few_rows(monkeypatch):
-    monkeypatch.setattr(triton_grouped, "_FEW_ROWS", 4)
+    monkeypatch.setattr(triton_grouped.config, "FEW_ROWS", 4)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
@@ -24,12 +26,18 @@ def test_results_and_gradients_are_within_budget(dtypes, device):
             assert_within_budget(ours, eager, exact, f"{shape}, result {index}")
 
 
+TILES = {
+    "apart": triton_grouped.config.APART,
+    "two_pass": config.Config("two_pass", 32, 32, 32, 4, 1, group_m=2),
+    "two_pass, tma": config.Config("two_pass", 32, 32, 32, 4, 1, tma=True, group_m=2),
+}
+
+
 @pytest.mark.parametrize("tokens", [3, 40])
-@pytest.mark.parametrize("tma", [False, True])
-def test_inference_of_three_projections_of_different_ranks(tokens, tma, device, monkeypatch):
-    """Ranks of several blocks, an odd width; few rows of few columns take a projection at a time."""
-    tiles = config.Config("two_pass", 32, 32, 32, 4, 1, tma=tma, group_m=2)
-    monkeypatch.setattr(triton_grouped, "two_pass_config", lambda *args: tiles)
+@pytest.mark.parametrize("path", TILES)
+def test_inference_of_three_projections_of_different_ranks(tokens, path, device, monkeypatch):
+    """Ranks of several blocks, an odd width."""
+    monkeypatch.setattr(triton_grouped.config, "choose", lambda *args, **rules: TILES[path])
     case = make_grouped(tokens, 64, (48, 7, 33), (20, 70, 1), torch.float16, device=device)
     with torch.no_grad():
         y = grouped_lora_linear(*case.args())
@@ -84,8 +92,7 @@ def test_all_projections_take_two_launches(need_h, device, monkeypatch):
 def one_launch_for_few_rows(monkeypatch):
     """The names of the kernels that were launched."""
     tiles, launches = config.Config("decode", 32, 16, 32, 4, 1), []
-    monkeypatch.setattr(triton_grouped, "_FEW_ROWS", 64)
-    monkeypatch.setattr(triton_grouped, "_decode_config", lambda *args: tiles)
+    monkeypatch.setattr(triton_grouped.config, "choose", lambda *args, **rules: tiles)
     name, module = "grouped_decode_kernel", triton_grouped.triton_kernels
     monkeypatch.setattr(module, name, Counted(name, getattr(module, name), launches))
     return launches
@@ -110,22 +117,22 @@ def test_few_rows_of_all_projections_in_one_launch(tokens, dtypes, device, one_l
     assert one_launch_for_few_rows == ["grouped_decode_kernel"] * 4
 
 
-def test_few_rows_take_one_launch_where_their_columns_fill_the_gpu():
-    """Those of an 8B model do on sm_90; not where K has to be split, nor large ranks."""
-
-    def tiles(widths, rank, tokens=16):
-        def meta(*shape):
-            return torch.empty(shape, dtype=torch.bfloat16, device="meta")
-
-        weights, lora_a = [meta(width, 4096) for width in widths], [meta(rank, 4096) for _ in widths]
-        with triton_grouped.host.pretend((9, 0)):
-            return triton_grouped._decode_config(meta(tokens, 4096), weights, lora_a, lora_a)
-
-    for rows in (1, 16, 64):
-        for widths in ((4096, 1024, 1024), (14336, 14336)):
-            assert (tiles(widths, 16, rows).path, tiles(widths, 16, rows).split_k) == ("decode", 1)
-    assert tiles((1024, 1024), 16).split_k > 1
-    assert tiles((4096, 1024, 1024), 65).path != "decode"
+def test_the_choice_is_pure_and_few_rows_take_one_launch_where_their_columns_fill_the_gpu(monkeypatch):
+    """Those of an 8B model do; not where K has to be split, nor large ranks."""
+    monkeypatch.undo()
+    choose = triton_grouped.config.choose
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
+        for rows, widths, rank in itertools.product((1, 64), ((4096, 1024, 1024), (14336, 14336)), (16, 64)):
+            tiles = choose(rows, 4096, widths, rank, 2, capability)
+            assert (tiles.path, tiles.split_k) == ("decode", 1)
+            assert tiles == choose(rows, 4096, widths, rank, 2, capability)
+        assert choose(16, 4096, (1024, 1024), 16, 2, capability).path == "apart"
+        assert choose(16, 4096, (14336, 14336), 65, 2, capability).path == "apart"
+        assert choose(16, 4096, (14336, 14336), 16, 2, capability, keep_h=True).path == "two_pass"
+        for rows, rank, itemsize in itertools.product((65, 400, 8192), (1, 16, 64, 200), (2, 4)):
+            assert choose(rows, 4096, (4096, 1024), rank, itemsize, capability).path == "two_pass"
+        invariant = {choose(m, 64, (64, 32), 8, 2, capability, batch_invariant=True) for m in (1, 64, 65, 4000)}
+        assert len(invariant) == 1
 
 
 def test_few_rows_an_inf_in_one_projection_reaches_no_other(device, one_launch_for_few_rows):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_kernels.ops import tuning
+from lora_kernels.ops.grouped import config as grouped_config
 from lora_kernels.ops.linear import config, train_config
 from lora_kernels.ops.multi import config as multi_config
 
@@ -34,7 +35,10 @@ def _rule(problem, gpu):
     if problem.op == "lora_linear":
         return config.choose(m, k, n, r, 2, gpu.capability, **rules)
     if problem.op == "input_gradient":
-        return train_config.input_gradient(m, 2, False, False, True, False, gpu.capability, False)
+        several = problem.num_slots > 0
+        return train_config.input_gradient(m, 2, False, problem.dropout, True, several, gpu.capability, False)
+    if problem.op == "grouped_lora_linear":
+        return grouped_config.choose(m, k, problem.widths, r, 2, gpu.capability, keep_h=problem.train, **rules)
     if problem.op in ("multi_lora_linear", "lora_shrink", "lora_expand_"):
         found = multi_config.choose(m, k, n, r, problem.num_slots, 2, gpu.capability, **rules)
         return {"lora_shrink": found.shrink, "lora_expand_": found.expand}.get(problem.op, found)
@@ -51,7 +55,7 @@ def test_without_a_gpu_it_says_so(capsys):
 @pytest.mark.parametrize(
     "arguments",
     [["--shape", "4096"], ["--shape", "0x4"], ["--tokens", "0"], ["--slots", "0"], ["--seconds", "0"],
-     ["--budget", "-1"], ["--dtype", "int8"], ["--op", "lora_linear", "sort"]],
+     ["--budget", "-1"], ["--group", "4x"], ["--group", "4x4,0"], ["--dtype", "int8"], ["--op", "lora_linear", "sort"]],
 )  # fmt: skip
 def test_bad_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as error:
@@ -64,7 +68,7 @@ def test_bad_arguments(arguments, capsys):
 @pytest.mark.parametrize("op", tuning.OPS)
 def test_candidates_are_of_the_op_start_with_the_rule_and_fit_the_shared_memory(op, capability):
     gpu = GPUS[capability]
-    for problem in problems([op], run.SHAPES, run.TOKENS, (16, 64, 200), run.SLOTS):
+    for problem in problems([op], run.SHAPES, run.TOKENS, (16, 64, 200), run.SLOTS, run.GROUPS):
         found = candidates(problem, gpu)
         assert len(found) == len(set(found)) > 1
         assert all(type(tiles) is tuning.OPS[op] for tiles in found)
@@ -73,6 +77,9 @@ def test_candidates_are_of_the_op_start_with_the_rule_and_fit_the_shared_memory(
         if op == "lora_linear":
             assert config.VENDOR in found
             assert all(config.takes(tiles, problem.num_tokens, problem.rank) for tiles in found)
+        if op == "grouped_lora_linear":
+            takes = (problem.num_tokens, problem.rank, problem.train)
+            assert all(grouped_config.takes(tiles, *takes) and tiles.split_k == 1 for tiles in found)
 
 
 def test_less_shared_memory_leaves_fewer_candidates():
@@ -141,7 +148,7 @@ class Asked(dict):
 def test_a_launcher_asks_for_the_key_that_is_written(op, device, monkeypatch):
     asked = Asked()
     monkeypatch.setattr(tuning, "_of_gpu", lambda gpu: {op: asked})
-    for problem in problems([op], [(64, 48)], [20], [5], [3]):
+    for problem in problems([op], [(64, 48)], [20], [5], [3], [(64, (48, 16))]):
         call = calls.call_of(problem, torch.float16, device)
         call.run()
         assert problem.key in asked
@@ -167,7 +174,20 @@ def _last_is_fastest(runs, copies, *, seconds):
     return {name: 1.0 / (1 + index) for index, name in enumerate(runs)}
 
 
-_SHORT = ["--shape", "64x48", "--tokens", "5", "--rank", "4", "--slots", "2", "--dtype", "float16"]
+_SHORT = [
+    "--shape",
+    "64x48",
+    "--group",
+    "64x48,16",
+    "--tokens",
+    "5",
+    "--rank",
+    "4",
+    "--slots",
+    "2",
+    "--dtype",
+    "float16",
+]
 
 
 def test_a_run_writes_what_calls_then_take(at_hand, capsys):
@@ -176,17 +196,18 @@ def test_a_run_writes_what_calls_then_take(at_hand, capsys):
     text = capsys.readouterr()
     written = tuning.read(at_hand, "interpreter")
     assert written.keys() == tuning.OPS.keys()
-    for problem in problems(tuning.OPS, [(64, 48)], [5], [4], [2]):
+    for problem in problems(tuning.OPS, [(64, 48)], [5], [4], [2], [(64, (48, 16))]):
         best = written[problem.op][problem.key]
         assert best == candidates(problem, SMALL)[1]
         assert tuning.measured(problem.op, "interpreter", **problem.sizes) == best
         assert f"{problem.op} {problem.key}" in text.out
     assert "2.00 x its rule" in text.out
-    assert "tune: 9 shapes in " in text.err
+    count = sum(map(len, written.values()))
+    assert f"tune: {count} shapes in " in text.err
     before = at_hand.stat().st_mtime_ns
     assert run.main([*_SHORT, "--quiet"]) == 0
     text = capsys.readouterr()
-    assert "9 of 9 shapes were measured before" in text.out
+    assert f"{count} of {count} shapes were measured before" in text.out
     assert text.err == ""
     assert at_hand.stat().st_mtime_ns == before
     assert run.main([*_SHORT, "--again", "--op", "merge_"]) == 0

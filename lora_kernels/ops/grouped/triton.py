@@ -5,20 +5,16 @@ The tensors of a group are handed to the kernels as tuples of pointers: nothing 
 the second is linked to the first (programmatic dependent launch) where the GPU has it.
 """
 
-import dataclasses
 import functools
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import triton_host as host
-from ..linear import config
+from .. import tuning
 from ..linear import triton as linear
 from ..linear.triton_gradients import input_gradient, low_rank_of, skinny, sum_planes
-from ..linear.triton_train import two_pass_config
-from . import triton_kernels
-
-_FEW_ROWS = 64  # up to here the weights' bytes are what counts, and a decode kernel streams them best
+from . import config, triton_kernels
 
 
 def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings, y, need_h, batch_invariant):
@@ -28,37 +24,35 @@ def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings, y, need_h,
         h = torch.empty((x.shape[0], sum(ranks)), dtype=torch.float32, device=x.device) if need_h else None
         if x.shape[0] == 0:
             return x.new_empty(0, dtype=torch.float32) if h is None else h
-        if x.shape[0] <= _FEW_ROWS and not (need_h or batch_invariant):
-            _few_rows(y, x, weights, biases, lora_a, lora_b, scalings)
+        tiles = config_of(x, weights, lora_a, lora_b, need_h, batch_invariant)
+        if tiles.path == "apart":
+            for out, *each in zip(y, weights, biases, lora_a, lora_b, scalings, strict=True):
+                linear.lora_linear_out(out, x, *each, None, False)
+            return x.new_empty(0, dtype=torch.float32)
+        if tiles.path == "decode":
+            _decode(y, x, weights, biases, lora_a, lora_b, scalings, tiles)
             return x.new_empty(0, dtype=torch.float32)
         a = tuple(factor.contiguous() for factor in lora_a)
         u = linear.shrink(
             x, a, tuple(scalings), lora_b[0].dtype, batch_invariant=batch_invariant, pdl=host.has_pdl(x), saved_h=h
         )
-        _add_updates(y, x, weights, biases, u, lora_b, a, batch_invariant)
+        _add_updates(y, x, weights, biases, u, lora_b, a, tiles)
         return x.new_empty(0, dtype=torch.float32) if h is None else h
 
 
-def _decode_config(x, weights, lora_a, lora_b):
-    """The :class:`Config` of few rows, as of one projection with the columns of all."""
-    sizes = (*x.shape, sum(weight.shape[0] for weight in weights), max(a.shape[0] for a in lora_a), x.element_size())
+def config_of(x, weights, lora_a, lora_b, need_h, batch_invariant):
+    """The configuration of a call: measured on this GPU where it was, else by rule."""
+    widths, rank = [weight.shape[0] for weight in weights], max(a.shape[0] for a in lora_a)
     mixed = x.dtype not in (lora_a[0].dtype, torch.float32) or x.dtype != lora_b[0].dtype
-    aligned = all(map(host.aligned, (x, *weights)))
-    gpu = host.capability(x)
-    tiles = config.choose(*sizes, gpu, num_sms=host.num_sms(x), aligned=aligned, mixed=mixed)
-    # Four warps of several projections spill a few bytes on sm_100.
-    return dataclasses.replace(tiles, num_warps=8) if gpu >= (10, 0) else tiles
-
-
-def _few_rows(ys, x, weights, biases, lora_a, lora_b, scalings):
-    """One launch, where the columns of all fill the GPU and the ranks are of ``decode``; else a projection at a time,
-    with K split."""
-    tiles = _decode_config(x, weights, lora_a, lora_b)
-    if tiles.path == "decode" and tiles.split_k == 1:
-        _decode(ys, x, weights, biases, lora_a, lora_b, scalings, tiles)
-        return
-    for y, *each in zip(ys, weights, biases, lora_a, lora_b, scalings, strict=True):
-        linear.lora_linear_out(y, x, *each, None, False)
+    aligned, by_rows = all(map(host.aligned, (x, *weights))), host.tma_ready(x, *weights)
+    if by_rows and len(widths) <= config.MOST_WEIGHTS and not (mixed or batch_invariant):
+        names = {"M": x.shape[0], "K": x.shape[1], "N": sum(widths), "R": rank, "T": len(widths), "H": int(need_h)}
+        measured = tuning.measured("grouped_lora_linear", host.gpu_name(x), **names, B=x.element_size())
+        if measured is not None and config.takes(measured, x.shape[0], rank, need_h):
+            return measured
+    rules = {"keep_h": need_h, "batch_invariant": batch_invariant, "num_sms": host.num_sms(x)}
+    rules |= {"aligned": aligned, "by_rows": by_rows, "mixed": mixed}
+    return config.choose(*x.shape, widths, rank, x.element_size(), host.capability(x), **rules)
 
 
 def _decode(ys, x, weights, biases, lora_a, lora_b, scalings, tiles):
@@ -78,12 +72,8 @@ def _decode(ys, x, weights, biases, lora_a, lora_b, scalings, tiles):
     )  # fmt: skip
 
 
-def _add_updates(ys, x, weights, biases, u, lora_b, lora_a, batch_invariant):
-    """ys[i] = x Wᵢᵀ + biasᵢ + uᵢ Bᵢᵀ in one launch, with the tiles of the widest projection."""
-    widest = max(weights, key=lambda weight: weight.shape[0])
-    # Where every element needs an address of its own, larger tiles of several projections spill.
-    small = batch_invariant or len(weights) > host.MOST_DESCRIPTORS or not all(map(host.aligned, (x, *weights)))
-    tiles = two_pass_config(x, widest, lora_a[0], lora_b[0], small)
+def _add_updates(ys, x, weights, biases, u, lora_b, lora_a, tiles):
+    """ys[i] = x Wᵢᵀ + biasᵢ + uᵢ Bᵢᵀ in one launch."""
     ranks, widths = (tuple(factor.shape[dim] for factor in lora_b) for dim in (1, 0))
     padded, sizes = u.shape[1] // len(ranks), (tiles.block_m, tiles.block_n)
     programs = min(-(-x.shape[0] // sizes[0]) * sum(-(-width // sizes[1]) for width in widths), host.num_sms(x))

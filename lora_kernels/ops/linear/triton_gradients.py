@@ -47,10 +47,11 @@ def skinny(
     def strips_of(block_n):
         return sum(-(-width // block_n) for width in widths)
 
-    tiles, plain = None, out_splits is None and segments is None and mask is None and precision != "tf32x3"
-    if plain and not batch_invariant and host.aligned(left):
-        given = {"G": int(right is not None), "H": int(need_low), "B": left.element_size()}
-        tiles = tuning.measured("skinny", host.gpu_name(left), M=num_rows, K=num_columns, R=rank, **given)
+    tiles = None
+    if out_splits is None and precision != "tf32x3" and not batch_invariant and host.aligned(left):
+        given = {"M": num_rows, "K": num_columns, "R": rank, "G": int(right is not None), "H": int(need_low)}
+        given |= {"D": int(mask is not None), "L": num_slots if segments else 0, "B": left.element_size()}
+        tiles = tuning.measured("skinny", host.gpu_name(left), **given)
     tiles = tiles or train_config.skinny(
         num_rows, strips_of, rank, num_slots, left.element_size(), precision == "tf32x3", mask is not None,
         host.aligned(left), host.capability(left), host.num_sms(left),
@@ -117,8 +118,10 @@ def input_gradient(dx, dys, weights, g, lora_a, *, mask=None, row_slots=None, ba
     aligned = all(host.aligned(tensor) for tensor in (*dys, *weights)) and len(dys) <= host.MOST_DESCRIPTORS
     mixed = dx.dtype != lora_a.dtype
     tiles = None
-    if len(dys) == 1 and mask is None and row_slots is None and aligned and not (mixed or batch_invariant):
-        sizes = {"M": num_rows, "K": in_features, "N": dys[0].shape[1], "R": g.shape[1], "B": dx.element_size()}
+    if dys and aligned and not (mixed or batch_invariant):
+        sizes = {"M": num_rows, "K": in_features, "N": sum(dy.shape[1] for dy in dys), "R": g.shape[1], "T": len(dys)}
+        slots = 0 if row_slots is None else lora_a.shape[0]
+        sizes |= {"D": int(mask is not None), "L": slots, "B": dx.element_size()}
         tiles = tuning.measured("input_gradient", host.gpu_name(dx), **sizes)
     tiles = tiles or train_config.input_gradient(
         num_rows, dx.element_size(), mixed, mask is not None, aligned, row_slots is not None, host.capability(dx),
