@@ -201,7 +201,7 @@ class ModelMerging:
 
     def _merging(self):
         """Of the layers whose adapters change a weight, one for each set of rows that tied layers share."""
-        return [layer for layer in self._weighted() if getattr(layer, "holder", layer) is layer]
+        return [x for x in self._weighted() if isinstance(x, LoraLayer) or x.holder is x]
 
     def _path(self, layer):
         return next(path for path, module in named_modules(self.model) if module is layer)
