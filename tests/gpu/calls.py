@@ -3,6 +3,7 @@
 import torch
 
 import lora_kernels as lk
+from lora_kernels.ops import library
 from lora_kernels.ops.dora.api import row_norm
 from lora_kernels.testing import make_embedding, make_grouped, make_linear, make_multi
 
@@ -69,6 +70,21 @@ def _dropout(dtype):
     return _train(dtype, dropout_p=0.1)
 
 
+def _add_train(dtype):
+    case = _case(dtype)
+    leaves = [t.requires_grad_() for t in (case.x, case.lora_a, case.lora_b)]
+    dy, seed = torch.ones((TOKENS, OUTPUTS), dtype=dtype, device="cuda"), torch.tensor(7, device="cuda")
+
+    def run():
+        with torch.enable_grad():
+            terms = (case.x, case.lora_a, case.lora_b, case.scaling)
+            y = lk.ops.lora_add_(torch.zeros_like(dy), *terms, dropout_p=0.1, dropout_seed=seed)
+            return torch.cat([part.flatten() for part in (y, *torch.autograd.grad(y, leaves, dy))])
+
+    adapters = [case.lora_a.detach(), case.lora_b.detach(), case.scaling]
+    return Call(run, adapters, ["lora_add_train_", "lora_linear_backward"])
+
+
 def _banks(dtype):
     case = make_multi(TOKENS, FEATURES, OUTPUTS, RANK, SLOTS, dtype, device="cuda")
     return case, lk.ops.plan_batch(case.token_slots, case.slot_ranks, num_slots=SLOTS)
@@ -90,6 +106,23 @@ def _multi_list(dtype):
     terms = (lora_a, lora_b, case.slot_scalings, plan)
     run = lambda: lk.ops.multi_lora_linear(case.x, case.weight, case.bias, *terms)  # noqa: E731
     return Call(run, [*lora_a, *lora_b, case.slot_scalings], ["multi_lora_linear_list"])
+
+
+def _multi_train(dtype):
+    case, _ = _banks(dtype)
+    plan = lk.ops.plan_batch(case.token_slots, num_slots=SLOTS)
+    lora_a, lora_b = ([factor.clone() for factor in bank.unbind()] for bank in (case.a_bank, case.b_bank))
+    leaves = [t.requires_grad_() for t in (case.x, *lora_a, *lora_b)]
+    dy = torch.ones((TOKENS, OUTPUTS), dtype=dtype, device="cuda")
+
+    def run():
+        with torch.enable_grad():
+            terms = (lora_a, lora_b, case.slot_scalings, plan)
+            y = lk.ops.multi_lora_linear(case.x, case.weight, case.bias, *terms)
+            return torch.cat([part.flatten() for part in (y, *torch.autograd.grad(y, leaves, dy))])
+
+    adapters = [t.detach() for t in (*lora_a, *lora_b)]
+    return Call(run, adapters, ["multi_lora_linear_list", "multi_lora_backward"])
 
 
 def _grouped(dtype, tokens=TOKENS):
@@ -164,7 +197,7 @@ def _merge(dtype):
 def _merge_is_finite(dtype):
     case = _case(dtype)
     terms = (case.lora_a, case.lora_b, case.scaling)
-    run = lambda: lk.ops.library.op("merge_is_finite")(case.weight, *terms, 1.0)  # noqa: E731
+    run = lambda: library.op("merge_is_finite")(case.weight, *terms, 1.0)  # noqa: E731
     return Call(run, list(terms), ["merge_is_finite"])
 
 
@@ -183,8 +216,10 @@ CALLS = {
     "lora_linear, gradients": _train,
     "lora_linear, dropout": _dropout,
     "lora_add_": _add,
+    "lora_add_, gradients": _add_train,
     "multi_lora_linear": _multi,
     "multi_lora_linear, list": _multi_list,
+    "multi_lora_linear, gradients": _multi_train,
     "grouped_lora_linear": _grouped,
     "grouped_lora_linear, 3 rows": _grouped_few_rows,
     "grouped_lora_linear, gradients": _grouped_train,
