@@ -17,7 +17,7 @@ class GroupedLoraLinear(torch.autograd.Function):
         ctx.invariant = dispatch.batch_invariant
         y, h = run(x, weights, biases, lora_a, lora_b, scalings, True)
         ctx.save_for_backward(x, *weights, *lora_a, *lora_b, *scalings, h)
-        ctx.count, ctx.with_biases = count, bool(biases)
+        ctx.count, ctx.with_biases = count, len(biases) > 0  # torch 2.10 does not compile bool() of a list
         return tuple(y)
 
     @staticmethod
