@@ -21,16 +21,20 @@ def main(argv=None):
     print(f"{known['cpu']['model']}, {known['threads']} threads, torch {known['versions']['torch']}, {args.device}")
     if not PEFT_INSTALLED:
         print("PEFT is not installed: its column stays empty (pip install peft)")
-    found, code = [], 0
+    about = known | {"command": ["bench", *(argv or sys.argv[2:])]}
+
+    def save(results, found=()):  # after each case, so that a run that is cut short has what it measured
+        if args.json:
+            report.write_json(args.json, about, results, found)
+
+    code = 0
     if args.suite == "targets":
-        results, found = _targets(args)
+        results, found = _targets(args, save)
         missed = sum(value is not None and not target.met(value) for target, value in found)
         print(f"\n{len(found)} bounds, {missed} missed, {sum(value is None for _, value in found)} not run")
         code = 1 if missed else 0
     else:
-        results = _cases(args)
-    if args.json:
-        report.write_json(args.json, known | {"command": ["bench", *(argv or sys.argv[2:])]}, results, found)
+        results = _cases(args, save)
     if args.plot:
         try:
             report.plot(args.plot, results)
@@ -66,13 +70,14 @@ def _arguments(argv):
     return args
 
 
-def _cases(args):
+def _cases(args, save):
     chosen = _chosen(args)
     print(f"\n{report.HEADER}")
     results = []
     for case in chosen:
         results.append(measure(case, args.device, args.seconds))
         print(report.line(results[-1]), flush=True)
+        save(results)
     print(f"\n{report.NOTE}")
     return results
 
@@ -99,7 +104,7 @@ def _case(op, shape, num_tokens, rank, dtype):
     return Case(op, shape, num_tokens if op in ("forward", "multi", "grouped", "train") else 0, rank, dtype)
 
 
-def _targets(args):
+def _targets(args, save):
     wanted = [target for target in targets() if not args.op or target.case.op in args.op]
     print(f"\n{report.TARGET_HEADER}")
     results, found = {}, []
@@ -109,4 +114,5 @@ def _targets(args):
         value = target.measured(results[target.case])
         found.append((target, value))
         print(report.target_line(target, value), flush=True)
+        save(list(results.values()), found)
     return list(results.values()), found

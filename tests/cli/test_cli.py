@@ -81,6 +81,23 @@ def test_bench_writes_json_and_plot(tmp_path, capsys):
     assert "ours/base" in capsys.readouterr().out
 
 
+def test_bench_keeps_what_it_measured_before_it_was_cut_short(tmp_path, monkeypatch):
+    from lora_kernels.bench import run
+
+    measure, json_file, done = run.measure, tmp_path / "bench.json", []
+
+    def second_is_cut(case, *args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(case)
+        return measure(case, *args)
+
+    monkeypatch.setattr(run, "measure", second_is_cut)
+    with pytest.raises(KeyboardInterrupt):
+        main(["bench", "--suite", "quick", "--seconds", "0.05", "--json", str(json_file)])
+    assert len(json.loads(json_file.read_text())["results"]) == 1
+
+
 def test_bench_targets_exit_code(monkeypatch, capsys):
     case = cases.suite("quick")[0]
     met = targets.Target(case, "ours / base", 1e9, targets._ours)
