@@ -27,6 +27,7 @@ std::map<std::string, bool> cpu_features() {
   LK_FEATURE("avx512bf16");
 #endif
 #undef LK_FEATURE
+  features["amx_bf16"] = lora_kernels::has_amx();
 #endif
   return features;
 }

@@ -1,6 +1,9 @@
 // Run-time choice of the instruction set, and the injected thread pool.
 #include <cstdlib>
 #include <cstring>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "lora_kernels/cpu.h"
 
@@ -26,6 +29,20 @@ Isa detect() {
   return Isa::avx512;
 #else
   return Isa::portable;
+#endif
+}
+
+bool detect_amx() {
+#if defined(__x86_64__) && !defined(LK_EMULATE_AVX512)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kXsave = 1u << 27, kTileState = 3u << 17;
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kXsave)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile)) return false;
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & kTileState) == kTileState;
+#else
+  return false;
 #endif
 }
 
@@ -58,6 +75,11 @@ Isa best_isa() {
 Isa isa() {
   static const Isa chosen = choose();
   return chosen;
+}
+
+bool has_amx() {
+  static const bool has = detect_amx();
+  return has;
 }
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }

@@ -1,8 +1,9 @@
 // The crossovers between our kernels and the vendor's GEMM, and relaxed counters of what ran.
 //
 // AVX-512: measured on 2 cores of Zen 4 against torch 2.13 (MKL float32, oneDNN bf16, K = N = 2048
-// and 4096). AVX2: on 2 cores of a Zen without AVX-512, where oneDNN has no bf16 and a bf16 GEMM
-// takes six times as long as a float32 one.
+// and 4096). AMX: on 2 cores of a Xeon, where oneDNN multiplies bf16 in tiles, eight times as fast
+// as our dot instruction; ours wins only where W is what costs. AVX2: on 2 cores of a Zen without
+// AVX-512, where oneDNN has no bf16 and a bf16 GEMM takes six times as long as a float32 one.
 #include "paths.h"
 
 namespace lora_kernels {
@@ -20,7 +21,7 @@ int64_t stream_rows(DType dtype, Isa isa) {
     case DType::f16:
       return 1 << 30;
     case DType::bf16:
-      return isa == Isa::avx512bf16 ? 24 : 4;
+      return isa == Isa::avx512bf16 && !has_amx() ? 24 : 4;
   }
   return 0;
 }
@@ -37,7 +38,7 @@ bool panel_wins(int64_t M, int64_t N, int64_t K, int64_t depth, DType dtype, Isa
   if (isa < Isa::avx512) return dtype != DType::f32;
   // One panel of W, 64 columns deep, must stay in L2.
   if (dtype == DType::f32) return M >= 64 && depth <= 2048;
-  return isa == Isa::avx512bf16 && M >= 64 && M * N * K <= 40000000;
+  return isa == Isa::avx512bf16 && !has_amx() && M >= 64 && M * N * K <= 40000000;
 }
 
 // Whether turning x beats the vendor's GEMM: by a fifth from 12 to 128 rows on AVX2, where twelve
@@ -57,8 +58,11 @@ const char* path_name(Path path) {
 Path choose_path(int64_t M, int64_t N, int64_t K, DType dtype, Isa isa, bool backward,
                  bool by_columns, bool invariant) {
   if (!by_columns && !invariant && widening_wins(M, N, K, dtype, isa)) return Path::widened;
+  // Up to here a call of the vendor's GEMM costs more than the product; oneDNN's takes 25 us.
+  const int64_t tiny =
+      dtype == DType::bf16 && isa == Isa::avx512bf16 && has_amx() ? 1 << 20 : 1 << 15;
   if (!backward && !by_columns) {
-    if (invariant || M * N * K <= 1 << 15 || M <= stream_rows(dtype, isa)) return Path::stream;
+    if (invariant || M * N * K <= tiny || M <= stream_rows(dtype, isa)) return Path::stream;
     if (turning_wins(M, dtype, isa)) return Path::turned;
   } else if (invariant) {
     return Path::panel;

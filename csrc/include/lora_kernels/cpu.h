@@ -29,6 +29,8 @@ enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 Isa isa();
 Isa best_isa();
 const char* isa_name(Isa isa);
+// Whether CPU and OS have AMX's bf16 tiles, which torch's GEMM uses and our kernels do not.
+bool has_amx();
 
 // fn(begin, end, context) over disjoint ranges that cover [0, count), each at least `grain` long
 // (but for the last). Serial until a binding injects the framework's thread pool.
