@@ -5,7 +5,8 @@
 // 32 with the bf16 dot instruction. Nothing is packed, so a weight is streamed from memory once.
 // At the end the accumulators are summed across their lanes, sixteen at a time. Every (m, n) owns
 // one accumulator and one fixed order of additions, whatever the tile: a row's bits depend on
-// neither the other rows nor the split over threads.
+// neither the other rows nor the split over threads. A long sum of the shrink is made of parts, for
+// a smaller rounding error.
 //
 // In the base product the low-rank update is the same loop with r in place of k (K is extended by
 // s*h against B), so y is rounded once. Rows past the edge of a tile repeat its last row and are
@@ -59,7 +60,8 @@ LK_INLINE uint32_t load_bits(const uint8_t* p, int n) {
   return bits;
 }
 
-constexpr int64_t kPrefetch = 512;  // bytes ahead in the streamed operand
+constexpr int64_t kLongSum = 8192, kSumPart = 2048;  // a longer sum of the shrink is made of parts
+constexpr int64_t kPrefetch = 512;                   // bytes ahead in the streamed operand
 
 // `next` is the distance from w[n] to the row that the following tile puts in its place: near the
 // end of K the prefetch moves on to it.
@@ -129,12 +131,29 @@ void dot_tile(const DotJob& job, int64_t m0, int rows, int64_t j0, int cols) {
   for (int n = 0; n < NR; n++) {
     a[n] = static_cast<const TA*>(job.a) + (j0 + (n < cols ? n : cols - 1)) * job.a_stride;
   }
-  vf acc[MR * NR];
-  LK_UNROLL
-  for (int i = 0; i < MR * NR; i++) acc[i] = zero();
-  accumulate<TX, TA, MR, NR, kMasked>(x, a, mask, job.K, NR * job.a_stride, acc);
   float sums[padded(MR * NR)];
-  sum_lanes(acc, sums);
+  const int64_t block = job.K <= kLongSum ? job.K : kSumPart;
+  int64_t k = 0;
+  do {
+    const int64_t left = job.K - k, now = left < block ? left : block;
+    vf acc[MR * NR];
+    LK_UNROLL
+    for (int i = 0; i < MR * NR; i++) acc[i] = zero();
+    accumulate<TX, TA, MR, NR, kMasked>(x, a, mask, now,
+                                        left <= block ? NR * job.a_stride - k : now, acc);
+    if (k == 0) {
+      sum_lanes(acc, sums);
+    } else {
+      float part[padded(MR * NR)];
+      sum_lanes(acc, part);
+      for (int i = 0; i < MR * NR; i++) sums[i] += part[i];
+    }
+    for (int m = 0; m < MR; m++) {
+      x[m] += now;
+      if (kMasked) mask[m] += now / 8;
+    }
+    for (int n = 0; n < NR; n++) a[n] += now;
+  } while ((k += block) < job.K);
   for (int m = 0; m < rows; m++) {
     float* out = job.out + row[m] * job.out_stride + j0;
     for (int n = 0; n < cols; n++) out[n] = job.alpha * sums[n * MR + m];
