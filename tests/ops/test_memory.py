@@ -82,3 +82,22 @@ print(peak() - before)
 """
     ours, theirs = run(step.replace("LIBRARY", "lk")), run(step.replace("LIBRARY", "peft"))
     assert ours <= theirs * 1.02, (ours, theirs)
+
+
+def test_merge_and_unload_needs_the_model_and_one_layers_adapters():
+    grown = run(
+        f"""
+from torch import nn
+def wrapped(size):
+    model = nn.Sequential(*[nn.Linear(size, size, bias=False) for _ in range(4)])
+    config = lk.LoraConfig(r=16, target_modules=[str(i) for i in range(4)], init_lora_weights=False)
+    return lk.get_peft_model(model, config)
+
+wrapped(64).merge_and_unload()
+model = wrapped({SIZE})
+before = peak()
+model.merge_and_unload()
+print(peak() - before)
+"""
+    )
+    assert grown < 16
