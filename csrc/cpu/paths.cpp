@@ -1,9 +1,10 @@
 // The crossovers between our kernels and the vendor's GEMM, and relaxed counters of what ran.
 //
 // AVX-512: measured on 2 cores of Zen 4 against torch 2.13 (MKL float32, oneDNN bf16, K = N = 2048
-// and 4096). AMX: on 2 cores of a Xeon, where oneDNN multiplies bf16 in tiles, eight times as fast
-// as our dot instruction; ours wins only where W is what costs. AVX2: on 2 cores of a Zen without
-// AVX-512, where oneDNN has no bf16 and a bf16 GEMM takes six times as long as a float32 one.
+// and 4096). AMX: on 2 cores of a Xeon, where oneDNN multiplies bf16 in tiles, several times as
+// fast as our dot instruction; ours wins only where W is what costs. AVX2: on 2 cores of a Zen
+// without AVX-512, where oneDNN has no bf16 and a bf16 GEMM takes six times as long as a float32
+// one.
 #include "paths.h"
 
 namespace lora_kernels {
