@@ -13,6 +13,9 @@ namespace {
 std::atomic<int64_t> g_counts[kNumPaths];
 std::atomic<int> g_last{static_cast<int>(Path::vendor)};
 
+// Whether torch's bf16 GEMM runs on tiles that our kernels do not have.
+bool tiled_gemm(Isa isa) { return isa == Isa::avx512bf16 && has_amx(); }
+
 // The largest M that our streaming kernel takes.
 int64_t stream_rows(DType dtype, Isa isa) {
   if (isa < Isa::avx512) return dtype == DType::f32 ? 2 : 1 << 30;
@@ -22,7 +25,7 @@ int64_t stream_rows(DType dtype, Isa isa) {
     case DType::f16:
       return 1 << 30;
     case DType::bf16:
-      return isa == Isa::avx512bf16 && !has_amx() ? 24 : 4;
+      return isa == Isa::avx512bf16 && !tiled_gemm(isa) ? 24 : 4;
   }
   return 0;
 }
@@ -39,7 +42,7 @@ bool panel_wins(int64_t M, int64_t N, int64_t K, int64_t depth, DType dtype, Isa
   if (isa < Isa::avx512) return dtype != DType::f32;
   // One panel of W, 64 columns deep, must stay in L2.
   if (dtype == DType::f32) return M >= 64 && depth <= 2048;
-  return isa == Isa::avx512bf16 && !has_amx() && M >= 64 && M * N * K <= 40000000;
+  return isa == Isa::avx512bf16 && !tiled_gemm(isa) && M >= 64 && M * N * K <= 40000000;
 }
 
 // Whether turning x beats the vendor's GEMM: by a fifth from 12 to 128 rows on AVX2, where twelve
@@ -60,8 +63,7 @@ Path choose_path(int64_t M, int64_t N, int64_t K, DType dtype, Isa isa, bool bac
                  bool by_columns, bool invariant) {
   if (!by_columns && !invariant && widening_wins(M, N, K, dtype, isa)) return Path::widened;
   // Up to here a call of the vendor's GEMM costs more than the product; oneDNN's takes 25 us.
-  const int64_t tiny =
-      dtype == DType::bf16 && isa == Isa::avx512bf16 && has_amx() ? 1 << 20 : 1 << 15;
+  const int64_t tiny = dtype == DType::bf16 && tiled_gemm(isa) ? 1 << 20 : 1 << 15;
   if (!backward && !by_columns) {
     if (invariant || M * N * K <= tiny || M <= stream_rows(dtype, isa)) return Path::stream;
     if (turning_wins(M, dtype, isa)) return Path::turned;

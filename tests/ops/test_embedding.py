@@ -36,7 +36,10 @@ def test_shapes_of_ids():
     for ids in (case.ids.view(2, 3).int(), case.ids.repeat_interleave(2)[::2], case.ids[:0], case.ids[0]):
         result = lora_embedding(ids, *case.args()[1:])
         assert result.shape == (*ids.shape, 8)
-        torch.testing.assert_close(result.reshape(-1, 8), y[: ids.numel()])  # one row: another GEMM, other bits
+        if ids.numel() == 1:  # of one row MKL makes another product, with other last bits
+            torch.testing.assert_close(result.reshape(-1, 8), y[:1])
+        else:
+            assert torch.equal(result.reshape(-1, 8), y[: ids.numel()])
 
 
 def test_compiles_as_one_graph():

@@ -88,6 +88,7 @@ def test_merge_and_unload_needs_the_model_and_one_layers_adapters():
     grown = run(
         f"""
 from torch import nn
+
 def wrapped(size):
     model = nn.Sequential(*[nn.Linear(size, size, bias=False) for _ in range(4)])
     config = lk.LoraConfig(r=16, target_modules=[str(i) for i in range(4)], init_lora_weights=False)
