@@ -91,10 +91,10 @@ abi: $(READY)  ## run the ops compiled here under the oldest torch that is suppo
 	.venv-abi/bin/python -m pip install -q "$(OLDEST_TORCH)" numpy safetensors pytest pytest-timeout hypothesis
 	PYTHONPATH=$(CURDIR) .venv-abi/bin/python -m pytest tests/build/test_native.py tests/ops $(PYTEST_ARGS)
 
-avx512: $(READY)  ## test the AVX-512 kernels on a CPU with AVX2, the instructions emulated
-	$(call say,Compiling the AVX-512 kernels against csrc/emulate/avx512.h)
+avx512: $(READY)  ## test the AVX-512 and AMX kernels on a CPU with AVX2, the instructions emulated
+	$(call say,Compiling the AVX-512 and AMX kernels against csrc/emulate)
 	$(PY) -m build_support.emulated_avx512
-	for isa in avx512 avx512bf16; do cd $(CURDIR)/build/avx512 && PYTHONPATH=$(CURDIR) LORA_KERNELS_CPU_ISA=$$isa OMP_NUM_THREADS=2 \
+	for isa in avx512 avx512bf16 amx; do cd $(CURDIR)/build/avx512 && PYTHONPATH=$(CURDIR) LORA_KERNELS_CPU_ISA=$$isa OMP_NUM_THREADS=2 \
 	  $(if $(LK_PYTHON),$(PY),$(abspath $(PY))) -m pytest $(addprefix $(CURDIR)/tests/,exact ops/test_native_linear.py ops/test_native_merge.py \
 	  ops/test_native_dropout.py ops/test_multi.py) -m "not slow" $(PYTEST_ARGS) || exit 1; done
 

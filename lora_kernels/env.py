@@ -16,13 +16,13 @@ from .ops import cuda_backend, cuda_choice, triton_backend
 VARIABLES = {
     "LORA_KERNELS_BACKEND": ("auto", "backend of every op: auto, reference, cpu, triton, cuda"),
     "LORA_KERNELS_BATCH_INVARIANT": ("0", "1: a row's bits do not depend on the other rows of its batch"),
-    "LORA_KERNELS_CPU_ISA": ("the best there is", "cap on the CPU kernels: portable, avx2, avx512, avx512bf16"),
+    "LORA_KERNELS_CPU_ISA": ("the best there is", "cap on the CPU kernels: portable, avx2, avx512, avx512bf16, amx"),
     "LORA_KERNELS_BUILD": ("auto", "at build time: auto, cpu, cuda, none"),
     "LORA_KERNELS_TORCH_DIR": ("found", "at build time: folder of the torch whose headers to use"),
     "LORA_KERNELS_EMULATE_AVX512": ("0", "at build time, for tests: 1: AVX-512 kernels that run on a CPU with AVX2"),
 }
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "peft", "transformers")
-_ISA_LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
+_ISA_LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 NEVER_RUN = "compiled, not yet run on hardware"
 
 

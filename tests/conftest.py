@@ -28,7 +28,7 @@ import lora_kernels as lk  # noqa: E402
 from lora_kernels import _native  # noqa: E402
 from lora_kernels.ops import dispatch  # noqa: E402
 
-ISAS = ("portable", "avx2", "avx512", "avx512bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 
 @pytest.fixture(autouse=True)

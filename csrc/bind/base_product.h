@@ -62,29 +62,29 @@ inline AddJob panel_backward(const TensorArg& dx, const TensorArg& dy, const Ten
   return job;
 }
 
-// x (M, K) or h (M, R) times `scale`, turned, in a scratch of the calling thread.
-inline const float* turned_rows(int slot, const void* x, int64_t x_stride, DType dtype, int64_t M,
-                                int64_t K, float scale) {
-  const int64_t padded = (M + kTurnRows - 1) / kTurnRows * kTurnRows;
-  float* panels = static_cast<float*>(thread_scratch(slot, padded * K * 4));
-  run_pack({x, x_stride, dtype, M, K, scale, panels});
-  return panels;
-}
-
-// y (M, N) = x W^T + bias by the turned kernel, as a job without an update.
-inline TurnJob turned_forward(const TensorArg& y, const TensorArg& x, const TensorArg& w,
-                              const TensorArg& bias) {
-  TurnJob job = {};
+// y (M, N) = x W^T + bias by the turned kernel, as a task without an update.
+inline TurnTask turned_forward(const TensorArg& y, const TensorArg& x, const TensorArg& w,
+                               const TensorArg& bias) {
+  TurnTask task = {};
+  TurnJob& job = task.job;
   job.M = x.size(0);
   job.K = x.size(1);
   job.y_dtype = job.w_dtype = job.b_dtype = dtype_of(x, "x");
-  job.panels = turned_rows(4, x.data(), x.stride(0), job.w_dtype, job.M, job.K, 1.0f);
   job.w = w.data();
   job.w_stride = w.stride(0);
   job.bias = bias.defined() ? bias.data() : nullptr;
   job.y = y.data();
   job.y_stride = y.stride(0);
-  return job;
+  task.x = {x.data(), x.stride(0), job.w_dtype, job.M, job.K, 1.0f, job.w_dtype, nullptr};
+  task.N = w.size(0);
+  return task;
+}
+
+// Whether base_forward takes an update a row along. On tiles more rows are cheaper as tiles of
+// their own, but a row's bits may not depend on their number where `invariant`.
+inline bool joins_rows(Path path, DType dtype, int64_t M, int64_t slices, bool invariant) {
+  if (path == Path::stream) return true;
+  return path == Path::turned && slices == 1 && turn_adds_rows(dtype) && (invariant || M <= 64);
 }
 
 // y (M, N) = x W^T + bias. Returns true where `updates` (see run_base) went in as well.
@@ -101,8 +101,11 @@ inline bool base_forward(const TensorArg& y, const TensorArg& x, const TensorArg
     return false;
   }
   if (path == Path::turned) {
-    run_turn(turned_forward(y, x, w, bias), w.size(0));
-    return false;
+    TurnTask task = turned_forward(y, x, w, bias);
+    task.job.updates = updates;
+    task.job.b_dtype = b_dtype;
+    run_turn(task);
+    return updates != nullptr;
   }
   if (path == Path::panel) {
     const AddTask task = {panel_forward(y, x, w, bias), x.size(0), w.size(0)};

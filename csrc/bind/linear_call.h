@@ -91,7 +91,7 @@ inline int64_t row_stride_a(const TensorArg& a) { return a.stride(a.dim() - 2); 
 inline DotTask shrink_task(const Shape& s, const TensorArg& x, const TensorArg& a, float* h,
                            bool invariant) {
   DotTask t = {};
-  t.by_rows = shrink_by_rows(s.M, isa(), invariant);
+  t.by_rows = shrink_by_rows(s.M, s.dtype, s.a_dtype, isa(), invariant);
   t.job.x = x.data();
   t.job.x_stride = x.stride(0);
   t.job.x_dtype = s.dtype;
@@ -136,6 +136,25 @@ inline void expand(const Shape& s, const TensorArg& y, DType y_dtype, const floa
   run_adds(tasks.data(), static_cast<int64_t>(tasks.size()));
 }
 
+// y = x W^T + bias + scale * h B^T by the turned kernel, of one slice.
+inline TurnTask turned_update(const Shape& s, const TensorArg& y, const TensorArg& x,
+                              const TensorArg& w, const TensorArg& bias, const TensorArg& b,
+                              float scale, const float* h, int64_t h_stride) {
+  TurnTask task = turned_forward(y, x, w, bias);
+  task.job.b = b.data();
+  task.job.b_stride = b.stride(0);
+  task.job.b_dtype = s.b_dtype;
+  task.job.R = s.R;
+  task.h = {h, h_stride, DType::f32, s.M, s.R, scale, s.dtype, nullptr};
+  return task;
+}
+
+// Whether turned_update computes the layer. On tiles it rounds s h to bf16, as no other row's
+// adapter would be: not where a row's bits may not depend on its batch.
+inline bool turns_whole(const Shape& s, Path path, bool invariant) {
+  return path == Path::turned && s.S == 1 && turn_adds(s.dtype, s.b_dtype) && !invariant;
+}
+
 // Multiplications up to which a product costs less than a call of the vendor's GEMM.
 constexpr int64_t kTinyProduct = 1024;
 
@@ -154,7 +173,8 @@ inline void finish(const Shape& s, const TensorArg& y, const TensorArg& x, Tenso
   }
   const Path path = path_for(s.M, w, s.dtype, false, invariant);
   RowUpdate* updates = nullptr;
-  if (path == Path::stream && s.R > 0) {
+  const bool as_one = turns_whole(s, path, invariant);
+  if (!as_one && joins_rows(path, s.dtype, s.M, s.S, invariant) && s.R > 0) {
     updates = static_cast<RowUpdate*>(
         thread_scratch(2, s.S * s.M * static_cast<int64_t>(sizeof(RowUpdate))));
     for (int64_t i = 0; i < s.S; i++) {
@@ -169,15 +189,9 @@ inline void finish(const Shape& s, const TensorArg& y, const TensorArg& x, Tenso
     task.job.update = factors(h, h_stride, b.data(), b.stride(0), true, s.R);
     task.job.scale = scale;
     run_adds(&task, 1);
-  } else if (path == Path::turned && s.S == 1) {
+  } else if (as_one) {
     record_path(path);
-    TurnJob job = turned_forward(y, x, w, bias);
-    job.h = turned_rows(5, h, h_stride, DType::f32, s.M, s.R, scale);
-    job.b = b.data();
-    job.b_stride = b.stride(0);
-    job.b_dtype = s.b_dtype;
-    job.R = s.R;
-    run_turn(job, s.N);
+    run_turn(turned_update(s, y, x, w, bias, b, scale, h, h_stride));
   } else if (!base_forward(y, x, w, bias, updates, s.b_dtype, s.starts.data(), s.S, path)) {
     expand(s, y, s.dtype, h, h_stride, b, scale);
   }

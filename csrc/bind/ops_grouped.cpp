@@ -174,7 +174,7 @@ void grouped_lora_backward(StableIValue* stack, uint64_t, uint64_t) {
       t.job.alpha = g.scales[i];
       t.M = M;
       t.R = s.R;
-      t.by_rows = shrink_by_rows(M, isa(), invariant);
+      t.by_rows = shrink_by_rows(M, dtype, s.b_dtype, isa(), invariant);
       dots.push_back(t);
       bt += s.N * s.R * dtype_size(s.b_dtype);
     }

@@ -3,8 +3,8 @@
 //
 // Forward: h = x A^T (with dropout bits drawn in the same pass), then the base product; our own
 // kernels add s h B^T before the one rounding, after the vendor's GEMM it is added in place.
-// Backward: g = s dy B, dx = dy W on the chosen path, then dx += g A, dA = g^T x and
-// dB = s dy^T h together in one parallel region.
+// Backward: g = s dy B and dB = s dy^T h together in one parallel region, then dx = dy W + g A on
+// the chosen path and dA = g^T x.
 #include <cmath>
 
 #include "linear_call.h"
@@ -72,6 +72,12 @@ void forward(const Shape& s, const TensorArg& y, const TensorArg& x, TensorArg& 
   if (last && s.N > 0 && (s.dtype != DType::f32 || !all_zero(b, s.b_dtype))) {
     base_forward(y, x, w, bias, nullptr, s.b_dtype, s.starts.data(), s.S, path);
     update(s, shrink, y, s.dtype, b, scale);
+    return;
+  }
+  if (turns_whole(s, path, invariant) && s.N > 0 && s.dtype != DType::f32) {
+    record_path(path);
+    run_turn(turned_update(s, y, x, w, bias, b, scale, h, s.R), &shrink.task,
+             shrink.draw ? &*shrink.draw : nullptr);
     return;
   }
   run(shrink);
@@ -169,20 +175,17 @@ void lora_add_train(StableIValue* stack, uint64_t, uint64_t) {
   stack[1] = give(std::move(dropout.mask));
 }
 
-// g (M, S * R) = scale * dy B, through B transposed so that both operands are contiguous.
-float* rank_gradient(const Shape& s, const TensorArg& dy, const TensorArg& b, float scale,
-                     bool invariant) {
-  void* bt = thread_scratch(2, s.N * s.R * dtype_size(s.b_dtype));
-  float* g = static_cast<float*>(thread_scratch(3, s.M * s.S * s.R * 4));
-  run_transpose(bt, s.N, b.data(), b.stride(0), s.b_dtype, s.N, s.R);
+// g (M, S * R) = scale * dy B, a task a slice; on vectors through B transposed, so that both
+// operands are contiguous.
+std::vector<DotTask> rank_gradient(const Shape& s, const TensorArg& dy, const TensorArg& b,
+                                   float scale, bool invariant, float* g) {
   std::vector<DotTask> tasks;
+  void* bt = nullptr;
   for (int64_t i = 0; i < s.S; i++) {
     DotTask t = {};
     t.job.x = element(dy.data(), s.starts[i], s.dtype);
     t.job.x_stride = dy.stride(0);
     t.job.x_dtype = s.dtype;
-    t.job.a = element(bt, s.starts[i], s.b_dtype);
-    t.job.a_stride = s.N;
     t.job.a_dtype = s.b_dtype;
     t.job.out = g + i * s.R;
     t.job.out_stride = s.S * s.R;
@@ -190,11 +193,22 @@ float* rank_gradient(const Shape& s, const TensorArg& dy, const TensorArg& b, fl
     t.job.alpha = scale;
     t.M = s.M;
     t.R = s.R;
-    t.by_rows = shrink_by_rows(s.M, isa(), invariant);
+    t.by_rows = shrink_by_rows(s.M, s.dtype, s.b_dtype, isa(), invariant);
+    t.job.a_by_rows = takes_a_by_rows(t);
+    if (t.job.a_by_rows) {
+      t.job.a = element(b.data(), s.starts[i] * b.stride(0), s.b_dtype);
+      t.job.a_stride = b.stride(0);
+    } else {
+      if (bt == nullptr) {
+        bt = thread_scratch(2, s.N * s.R * dtype_size(s.b_dtype));
+        run_transpose(bt, s.N, b.data(), b.stride(0), s.b_dtype, s.N, s.R);
+      }
+      t.job.a = element(bt, s.starts[i], s.b_dtype);
+      t.job.a_stride = s.N;
+    }
     tasks.push_back(t);
   }
-  run_dots(tasks.data(), s.S);
-  return g;
+  return tasks;
 }
 
 void lora_linear_backward(StableIValue* stack, uint64_t, uint64_t) {
@@ -225,10 +239,31 @@ void lora_linear_backward(StableIValue* stack, uint64_t, uint64_t) {
       need_x ? new_tensor({s.M, s.K}, type_code(s.dtype)) : new_tensor({0}, type_code(s.dtype));
   TensorArg da = need_a ? new_like(a) : new_tensor({0}, type_code(s.a_dtype));
   TensorArg db = need_b ? new_like(b) : new_tensor({0}, type_code(s.b_dtype));
-  const float* g = need_x || need_a ? rank_gradient(s, dy, b, scale, invariant) : nullptr;
+  float* g = static_cast<float*>(thread_scratch(3, s.M * s.S * s.R * 4));
   AddTask add = {};
-  std::vector<GradTask> grads;
+  std::vector<DotTask> dots;
+  if (need_x || need_a) dots = rank_gradient(s, dy, b, scale, invariant, g);
+  std::vector<GradTask> b_grads, a_grads;
   const int64_t ranks = s.S * s.R;
+  for (int64_t i = 0; need_b && i < s.S; i++) {
+    GradTask t = {};
+    t.job.x = element(dy.data(), s.starts[i], s.dtype);
+    t.job.x_stride = dy.stride(0);
+    t.job.x_dtype = s.dtype;
+    t.job.g = h.as<float>() + i * s.R;
+    t.job.g_stride = h.stride(0);
+    t.job.M = s.M;
+    t.job.R = s.R;
+    t.job.alpha = scale;
+    t.job.out = element(db.data(), s.starts[i] * s.R, s.b_dtype);
+    t.job.out_stride = s.R;
+    t.job.out_dtype = s.b_dtype;
+    t.job.transposed = true;
+    t.K = s.starts[i + 1] - s.starts[i];
+    b_grads.push_back(t);
+  }
+  run_dots(dots.data(), static_cast<int64_t>(dots.size()), b_grads.data(),
+           static_cast<int64_t>(b_grads.size()));
   Path path = Path::add;
   if (need_x) {
     add.job.y = dx.data();
@@ -276,26 +311,9 @@ void lora_linear_backward(StableIValue* stack, uint64_t, uint64_t) {
       t.job.mask_stride = (s.K + 7) / 8;
     }
     t.K = s.K;
-    grads.push_back(t);
+    a_grads.push_back(t);
   }
-  for (int64_t i = 0; need_b && i < s.S; i++) {
-    GradTask t = {};
-    t.job.x = element(dy.data(), s.starts[i], s.dtype);
-    t.job.x_stride = dy.stride(0);
-    t.job.x_dtype = s.dtype;
-    t.job.g = h.as<float>() + i * s.R;
-    t.job.g_stride = h.stride(0);
-    t.job.M = s.M;
-    t.job.R = s.R;
-    t.job.alpha = scale;
-    t.job.out = element(db.data(), s.starts[i] * s.R, s.b_dtype);
-    t.job.out_stride = s.R;
-    t.job.out_dtype = s.b_dtype;
-    t.job.transposed = true;
-    t.K = s.starts[i + 1] - s.starts[i];
-    grads.push_back(t);
-  }
-  run_adds_and_grads(&add, need_x ? 1 : 0, grads.data(), static_cast<int64_t>(grads.size()));
+  run_adds_and_grads(&add, need_x ? 1 : 0, a_grads.data(), static_cast<int64_t>(a_grads.size()));
   stack[0] = give(std::move(dx));
   stack[1] = give(std::move(da));
   stack[2] = give(std::move(db));

@@ -52,7 +52,7 @@ void shrink_tasks(std::vector<DotTask>& tasks, const Batch& batch, const TensorA
       t.job.rows = segment.rows;
       t.M = segment.count;
       t.R = segment.ranks[static_cast<size_t>(s)];
-      t.by_rows = shrink_by_rows(t.M, isa(), invariant);
+      t.by_rows = shrink_by_rows(t.M, dtype, segment.a_dtype, isa(), invariant);
       if (t.R > 0) tasks.push_back(t);
     }
   }
@@ -97,7 +97,7 @@ TensorArg forward(const Base& base, const Batch& batch, const TensorArg& x, Tens
 
   const Path path = path_for(base.M, w, base.dtype, false, invariant);
   RowUpdate* updates = nullptr;
-  if (path == Path::stream && !batch.segments.empty()) {
+  if (joins_rows(path, base.dtype, base.M, S, invariant) && !batch.segments.empty()) {
     const size_t bytes = static_cast<size_t>(S * base.M) * sizeof(RowUpdate);
     updates = static_cast<RowUpdate*>(thread_scratch(2, static_cast<int64_t>(bytes)));
     std::memset(static_cast<void*>(updates), 0, bytes);
@@ -293,7 +293,7 @@ void multi_lora_backward(StableIValue* stack, uint64_t, uint64_t) {
         t.job.rows = segment.rows;
         t.M = segment.count;
         t.R = rank;
-        t.by_rows = shrink_by_rows(t.M, isa(), false);
+        t.by_rows = shrink_by_rows(t.M, dtype, segment.b_dtype, isa(), false);
         dots.push_back(t);
       }
       if (need_x) {

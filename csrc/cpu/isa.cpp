@@ -4,33 +4,17 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "lora_kernels/cpu.h"
 
 namespace lora_kernels {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
-
-Isa detect() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::portable;
-#ifdef LK_EMULATE_AVX512  // csrc/emulate/avx512.h
-  return Isa::avx512bf16;
-#endif
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) {
-    return Isa::avx2;
-  }
-#ifdef LK_HAVE_AVX512BF16  // a compiler without the level does not know its name either
-  if (__builtin_cpu_supports("avx512bf16")) return Isa::avx512bf16;
-#endif
-  return Isa::avx512;
-#else
-  return Isa::portable;
-#endif
-}
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
 
 bool detect_amx() {
 #if defined(__x86_64__) && !defined(LK_EMULATE_AVX512)
@@ -40,9 +24,41 @@ bool detect_amx() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile)) return false;
   unsigned low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return (low & kTileState) == kTileState;
+  if ((low & kTileState) != kTileState) return false;
+#ifdef __linux__
+  // The kernel gives the tiles' state to processes that ask for it.
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return true;
+#endif
 #else
   return false;
+#endif
+}
+
+Isa detect() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::portable;
+#ifdef LK_EMULATE_AVX512  // csrc/emulate
+  return Isa::amx;
+#endif
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) {
+    return Isa::avx2;
+  }
+#ifdef LK_HAVE_AVX512BF16  // a compiler without the level does not know its name either
+  if (__builtin_cpu_supports("avx512bf16")) {
+#ifdef LK_HAVE_AMX
+    if (has_amx()) return Isa::amx;
+#endif
+    return Isa::avx512bf16;
+  }
+#endif
+  return Isa::avx512;
+#else
+  return Isa::portable;
 #endif
 }
 
@@ -50,7 +66,7 @@ bool detect_amx() {
 Isa choose() {
   const char* want = std::getenv("LORA_KERNELS_CPU_ISA");
   if (want != nullptr) {
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < kNumIsas; i++) {
       if (std::strcmp(want, kNames[i]) == 0 && i < static_cast<int>(best_isa())) {
         return static_cast<Isa>(i);
       }

@@ -21,17 +21,53 @@ LK_DECLARE_FOR_ISAS(
     void transpose_kernel(void* out, int64_t out_stride, const void* b, int64_t b_stride,
                           DType dtype, int64_t R, int64_t n0, int64_t n1);)
 
+#ifdef LK_HAVE_AMX
+namespace lora_kernels::amx {
+void shrink_kernel(const DotJob& job, int64_t m0, int64_t m1, int64_t R);
+void add_kernel(const AddJob& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1);
+void grad_kernel(const GradJob& job, int64_t k0, int64_t k1);
+void pack_kernel(const PackJob& job, int64_t k0, int64_t k1);
+void turn_kernel(const TurnJob& job, int64_t n0, int64_t n1);
+}  // namespace lora_kernels::amx
+// Calls the kernel on tiles where `tiled`, else that of the instruction set.
+#define LK_RUN(function, tiled, ...)                             \
+  do {                                                           \
+    static const auto kernel_ = LK_SELECT_ISA(function);         \
+    (tiled) ? amx::function(__VA_ARGS__) : kernel_(__VA_ARGS__); \
+  } while (false)
+#else
+#define LK_RUN(function, tiled, ...)                     \
+  do {                                                   \
+    static const auto kernel_ = LK_SELECT_ISA(function); \
+    (void)(tiled);                                       \
+    kernel_(__VA_ARGS__);                                \
+  } while (false)
+#endif
+
 namespace lora_kernels {
 namespace {
 
+// Whether a job's kernel is the one on tiles: bf16 on both sides.
+bool on_tiles(DType x, DType other) {
+  static const bool has = isa() == Isa::amx;
+  return has && x == DType::bf16 && other == DType::bf16;
+}
+bool on_tiles(const DotJob& job) { return on_tiles(job.x_dtype, job.a_dtype); }
+bool on_tiles(const AddJob& job) { return on_tiles(job.y_dtype, job.b_dtype); }
+bool on_tiles(const GradJob& job) { return on_tiles(job.x_dtype, job.out_dtype); }
+bool on_tiles(const PackJob& job) { return on_tiles(job.w_dtype, job.w_dtype); }
+bool on_tiles(const TurnJob& job) { return on_tiles(job.w_dtype, job.w_dtype); }
+
 constexpr int64_t kGrainCost = 12000;
 constexpr int64_t kDotRows = 6,
-                  kDotCols = 8;      // the dot kernel's rows, and a multiple of its columns
-constexpr int64_t kShrinkRows = 24;  // that the row form takes at a time
-constexpr int64_t kAddCols = 64, kAddRows = 6;  // one panel
-constexpr int64_t kGradCols = 48;               // one tile of every instruction set
-constexpr int64_t kTurnCols = 48;               // made together by the turned form
-constexpr int64_t kBaseCols = 24;               // a multiple of most tiles' columns
+                  kDotCols = 8;  // the dot kernel's rows, and a multiple of its columns
+constexpr int64_t kShrinkRows = 24, kTileRows = 32;  // that the row form takes at a time
+constexpr int64_t kAddCols = 64, kAddRows = 6;       // one panel
+constexpr int64_t kGradCols = 48, kTileCols = 64;    // a multiple of every level's tile
+constexpr int64_t kTurnCols = 48;                    // made together by the turned form
+constexpr int64_t kPackCols = 32;                    // packed together
+constexpr int64_t kL2Elements = 1 << 19;             // of a W that stays in L2
+constexpr int64_t kBaseCols = 24;                    // a multiple of most tiles' columns
 
 int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -55,6 +91,8 @@ void for_parts(int64_t cost, const Body& body) {
   });
 }
 
+int64_t unit(const DotJob& job) { return on_tiles(job) ? kTileRows : kShrinkRows; }
+
 int64_t lanes(int64_t n) { return blocks(n, 16); }
 
 int64_t cost_of(const DotTask& t) { return t.M * t.R * lanes(t.job.K); }
@@ -63,7 +101,6 @@ int64_t cost_of(const GradTask& t) { return t.job.M * lanes(t.K) * (t.job.R + 2)
 
 void shrink_rows(const DotTask& t, const Draw* draw, Range m) {
   static const auto dot = LK_SELECT_ISA(dot_kernel);
-  static const auto shrink = LK_SELECT_ISA(shrink_kernel);
   if (m.begin >= m.end) return;
   if (!t.by_rows) {
     for (int64_t row = m.begin; row < m.end; row += kDotRows) {
@@ -74,26 +111,52 @@ void shrink_rows(const DotTask& t, const Draw* draw, Range m) {
     return;
   }
   if (draw) dropout_mask(draw->mask, t.M, t.job.K, draw->seed, draw->threshold, m.begin, m.end);
-  shrink(t.job, m.begin, m.end, t.R);
+  LK_RUN(shrink_kernel, on_tiles(t.job), t.job, m.begin, m.end, t.R);
 }
 
 // Few columns: the rows are split as well, and each part packs its columns again.
 void add_part(const AddTask& t, int64_t i, int64_t parts) {
   if (t.M <= 0 || t.N <= 0 || (t.job.accumulate && t.job.update.R + t.job.base.R <= 0)) return;
-  static const auto kernel = LK_SELECT_ISA(add_kernel);
   int64_t by_col = least(parts, blocks(t.N, kAddCols));
   while (parts % by_col != 0) by_col--;
   const int64_t by_row = parts / by_col;
   const Range m = part(t.M, kAddRows, i / by_col, by_row);
   const Range n = part(t.N, kAddCols, i % by_col, by_col);
-  if (m.begin < m.end && n.begin < n.end) kernel(t.job, m.begin, m.end, n.begin, n.end);
+  if (m.begin < m.end && n.begin < n.end) {
+    LK_RUN(add_kernel, on_tiles(t.job), t.job, m.begin, m.end, n.begin, n.end);
+  }
 }
 
 void grad_part(const GradTask& t, int64_t i, int64_t parts) {
   if (t.K <= 0 || t.job.R <= 0) return;
-  static const auto kernel = LK_SELECT_ISA(grad_kernel);
-  const Range k = part(t.K, kGradCols, i, parts);
-  if (k.begin < k.end) kernel(t.job, k.begin, k.end);
+  const bool tiled = on_tiles(t.job);
+  const Range k = part(t.K, tiled ? kTileCols : kGradCols, i, parts);
+  if (k.begin < k.end) LK_RUN(grad_kernel, tiled, t.job, k.begin, k.end);
+}
+
+// Slots of thread_scratch for packed x and h.
+constexpr int kXSlot = 4, kHSlot = 5;
+
+void* panels_for(const PackJob& job, int slot) {
+  const int64_t size = on_tiles(job) ? 2 * blocks(job.K, kPackCols) * kPackCols : 4 * job.K;
+  return thread_scratch(slot, blocks(job.M, kTurnRows) * kTurnRows * size);
+}
+
+// Rows [m.begin, m.end), packed by the calling thread.
+const void* pack_all(PackJob job, Range m, int slot) {
+  job.x = element(job.x, m.begin * job.x_stride, job.x_dtype);
+  job.M = m.end - m.begin;
+  job.panels = panels_for(job, slot);
+  if (job.K > 0) LK_RUN(pack_kernel, on_tiles(job), job, 0, job.K);
+  return job.panels;
+}
+
+// Whether threads split the rows of a turned product, not its columns: each packs only its own rows
+// of x, and what is small stays in its own cache. All of them read all of W.
+bool turns_by_rows(const TurnTask& t) {
+  constexpr int64_t kFewRows = 64, kManyRows = 256;
+  const bool small = t.N * t.job.K <= kL2Elements;
+  return t.job.M >= (small ? kFewRows : kManyRows * thread_count());
 }
 
 struct Scratch {
@@ -118,7 +181,9 @@ void* thread_scratch(int slot, int64_t bytes) {
   return s.data;
 }
 
-void run_dots(const DotTask* tasks, int64_t count) {
+bool takes_a_by_rows(const DotTask& task) { return task.by_rows && on_tiles(task.job); }
+
+void run_dots(const DotTask* tasks, int64_t count, const GradTask* grads, int64_t num_grads) {
   static const auto kernel = LK_SELECT_ISA(dot_kernel);
   const auto units_of = [](const DotTask& t) {
     return t.by_rows ? 0 : blocks(t.M, kDotRows) * blocks(t.R, kDotCols);
@@ -128,12 +193,14 @@ void run_dots(const DotTask* tasks, int64_t count) {
     units += units_of(tasks[t]);
     cost += cost_of(tasks[t]);
   }
+  for (int64_t t = 0; t < num_grads; t++) cost += cost_of(grads[t]);
   for_parts(cost, [&](int64_t i, int64_t parts) {
+    for (int64_t t = 0; t < num_grads; t++) grad_part(grads[t], i, parts);
     const int64_t begin = units * i / parts, end = units * (i + 1) / parts;
     int64_t first = 0;
     for (int64_t t = 0; t < count; t++) {
       const DotTask& task = tasks[t];
-      if (task.by_rows) shrink_rows(task, nullptr, part(task.M, kShrinkRows, i, parts));
+      if (task.by_rows) shrink_rows(task, nullptr, part(task.M, unit(task.job), i, parts));
       const int64_t cols = blocks(task.R, kDotCols), all = units_of(task);
       const int64_t u1 = least(all, end - first);
       for (int64_t u = begin > first ? begin - first : 0; u < u1;) {
@@ -150,19 +217,19 @@ void run_dots(const DotTask* tasks, int64_t count) {
 
 void run_dots_with_dropout(const DotTask& task, const Draw& draw) {
   for_parts(cost_of(task) + task.M * lanes(task.job.K) * 24, [&](int64_t i, int64_t parts) {
-    shrink_rows(task, &draw, part(task.M, task.by_rows ? kShrinkRows : 2, i, parts));
+    shrink_rows(task, &draw, part(task.M, task.by_rows ? unit(task.job) : 2, i, parts));
   });
 }
 
 void run_update(const DotTask& shrink, const Draw* draw, const AddTask* adds, int64_t count) {
-  static const auto kernel = LK_SELECT_ISA(add_kernel);
   int64_t cost = cost_of(shrink);
   for (int64_t t = 0; t < count; t++) cost += cost_of(adds[t]);
   for_parts(cost, [&](int64_t i, int64_t parts) {
-    const Range m = part(shrink.M, kShrinkRows, i, parts);
+    const Range m = part(shrink.M, unit(shrink.job), i, parts);
     shrink_rows(shrink, draw, m);
     for (int64_t t = 0; t < count && m.begin < m.end; t++) {
-      if (adds[t].N > 0) kernel(adds[t].job, m.begin, m.end, 0, adds[t].N);
+      const AddJob& add = adds[t].job;
+      if (adds[t].N > 0) LK_RUN(add_kernel, on_tiles(add), add, m.begin, m.end, 0, adds[t].N);
     }
   });
 }
@@ -189,19 +256,46 @@ void run_base(const BaseJob& job, int64_t M, const int64_t* starts, int64_t slic
   });
 }
 
-void run_pack(const PackJob& job) {
-  static const auto kernel = LK_SELECT_ISA(pack_kernel);
-  for_parts(job.M * lanes(job.K) * 4, [&](int64_t i, int64_t parts) {
-    const Range k = part(job.K, 16, i, parts);
-    if (k.begin < k.end) kernel(job, k.begin, k.end);
-  });
-}
+bool turn_adds(DType w, DType b) { return !on_tiles(w, w) || b == w; }
 
-void run_turn(const TurnJob& job, int64_t N) {
-  static const auto kernel = LK_SELECT_ISA(turn_kernel);
-  for_parts(lanes(job.M) * N * (job.K + job.R), [&](int64_t i, int64_t parts) {
-    const Range n = part(N, kTurnCols, i, parts);
-    if (n.begin < n.end) kernel(job, n.begin, n.end);
+bool turn_adds_rows(DType w) { return on_tiles(w, w); }
+
+void run_turn(const TurnTask& task, const DotTask* shrink, const Draw* draw) {
+  TurnJob job = task.job;
+  const bool tiled = on_tiles(job);
+  int64_t cost = lanes(job.M) * task.N * (job.K + job.R);
+  if (tiled && turns_by_rows(task)) {
+    if (shrink != nullptr) cost += cost_of(*shrink);
+    for_parts(cost, [&](int64_t i, int64_t parts) {
+      const Range m = part(task.job.M, kTileRows, i, parts);
+      if (m.begin >= m.end) return;
+      if (shrink != nullptr) shrink_rows(*shrink, draw, m);
+      TurnJob rows = task.job;
+      rows.M = m.end - m.begin;
+      rows.y = element(rows.y, m.begin * rows.y_stride, rows.y_dtype);
+      rows.panels = pack_all(task.x, m, kXSlot);
+      rows.h = pack_all(task.h, m, kHSlot);
+      if (rows.updates != nullptr) rows.updates += m.begin;
+      LK_RUN(turn_kernel, tiled, rows, 0, task.N);
+    });
+    return;
+  }
+  if (draw != nullptr) {
+    run_dots_with_dropout(*shrink, *draw);
+  } else if (shrink != nullptr) {
+    run_dots(shrink, 1);
+  }
+  PackJob x = task.x, h = task.h;
+  job.panels = x.panels = panels_for(x, kXSlot);
+  job.h = h.panels = panels_for(h, kHSlot);
+  for_parts(lanes(job.K) * job.M * 4, [&](int64_t i, int64_t parts) {
+    const Range k = part(x.K, kPackCols, i, parts), r = part(h.K, kPackCols, i, parts);
+    if (k.begin < k.end) LK_RUN(pack_kernel, tiled, x, k.begin, k.end);
+    if (r.begin < r.end) LK_RUN(pack_kernel, tiled, h, r.begin, r.end);
+  });
+  for_parts(cost, [&](int64_t i, int64_t parts) {
+    const Range n = part(task.N, tiled ? kTileRows : kTurnCols, i, parts);
+    if (n.begin < n.end) LK_RUN(turn_kernel, tiled, job, n.begin, n.end);
   });
 }
 

@@ -12,8 +12,16 @@ struct DotTask {
   bool by_rows;  // in row form (paths.h: shrink_by_rows), else in dot form
 };
 
-// All products in one parallel region.
-void run_dots(const DotTask* tasks, int64_t count);
+struct GradTask {
+  GradJob job;
+  int64_t K;
+};
+
+// All products in one parallel region; gradients, which do not need them, as well.
+void run_dots(const DotTask* tasks, int64_t count, const GradTask* grads = nullptr,
+              int64_t num_grads = 0);
+// Whether the task can have its A stored (K, R): DotJob::a_by_rows.
+bool takes_a_by_rows(const DotTask& task);
 
 // The dropout bits that a shrink draws for its rows before it reads them: job.mask, written.
 struct Draw {
@@ -39,16 +47,19 @@ void run_adds(const AddTask* tasks, int64_t count);
 // rows. `draw` may be null. The rows of the adds are all those of the shrink.
 void run_update(const DotTask& shrink, const Draw* draw, const AddTask* adds, int64_t count);
 
-// x turned into panels.
-void run_pack(const PackJob& job);
-
-// The N columns of y, all from packed panels.
-void run_turn(const TurnJob& job, int64_t N);
-
-struct GradTask {
-  GradJob job;
-  int64_t K;
+// The N columns of y from rows of x and of h, which are packed on the way: `x` and `h` say where
+// they lie, job.panels and job.h are not set.
+struct TurnTask {
+  TurnJob job;
+  int64_t N;
+  PackJob x, h;
 };
+
+// `shrink`, where given, is done first; its result is the task's h.
+void run_turn(const TurnTask& task, const DotTask* shrink = nullptr, const Draw* draw = nullptr);
+// Whether the update by a B of that dtype can join the product; whether job.updates can.
+bool turn_adds(DType w, DType b);
+bool turn_adds_rows(DType w);
 
 // The adds and the gradients are independent of one another; one region for all.
 void run_adds_and_grads(const AddTask* adds, int64_t num_adds, const GradTask* grads,

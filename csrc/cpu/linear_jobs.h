@@ -33,6 +33,7 @@ struct DotJob {
   const int32_t* rows;
   const uint8_t* mask;
   int64_t mask_stride;
+  bool a_by_rows;  // a is stored (K, R); on tiles alone
 };
 
 // What one row of x adds to its base product; rank 0 adds nothing and reads nothing.
@@ -109,23 +110,25 @@ struct PackJob {
   DType x_dtype;
   int64_t M, K;
   float scale;
-  float* panels;  // [ceil(M / kTurnRows)][K][kTurnRows]
+  DType w_dtype;  // of the product that they are for
+  void* panels;   // floats [ceil(M / kTurnRows)][K][kTurnRows]; on tiles, bf16 (tile_product.h)
 };
 
 struct TurnJob {
-  const float* panels;  // x, packed
+  const void* panels;  // x, packed
   int64_t M, K;
   const void* w;
   int64_t w_stride;
   DType w_dtype;
-  const float* h;  // scaled and packed as x is; R 0: none
-  const void* b;   // (N, R)
+  const void* h;  // scaled and packed as x is; R 0: none
+  const void* b;  // (N, R)
   int64_t b_stride, R;
   DType b_dtype;
   const void* bias;  // in w's dtype, or null
   void* y;
   int64_t y_stride;
-  DType y_dtype;  // w's, or float32
+  DType y_dtype;             // w's, or float32
+  const RowUpdate* updates;  // one a row of x, with a B of b_dtype, or null; on tiles alone
 };
 
 // 64-byte aligned memory of the calling thread, kept between calls; its six slots are separate.

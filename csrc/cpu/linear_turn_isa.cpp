@@ -113,10 +113,10 @@ void add_product(const float* panel, const T* w, int64_t w_stride, int64_t K, in
 template <class T, class TB, int V>
 void columns(const TurnJob& job, int64_t panel, int64_t n0, int count, float* out) {
   std::memset(out, 0, sizeof(float) * kPanelRows * static_cast<size_t>(count));
-  add_product<TB, V>(job.h + panel * job.R * kPanelRows,
+  add_product<TB, V>(static_cast<const float*>(job.h) + panel * job.R * kPanelRows,
                      static_cast<const TB*>(job.b) + n0 * job.b_stride, job.b_stride, job.R, count,
                      out);
-  add_product<T, V>(job.panels + panel * job.K * kPanelRows,
+  add_product<T, V>(static_cast<const float*>(job.panels) + panel * job.K * kPanelRows,
                     static_cast<const T*>(job.w) + n0 * job.w_stride, job.w_stride, job.K, count,
                     out);
 }
@@ -186,7 +186,7 @@ void pack(const PackJob& job, int64_t k0, int64_t k1) {
       const int64_t m0 = p * kPanelRows + v * kLanes;
       const int rows = job.M > m0 ? clip(job.M - m0, kLanes) : 0;
       const T* x = static_cast<const T*>(job.x) + m0 * job.x_stride;
-      float* to = job.panels + p * job.K * kPanelRows + v * kLanes;
+      float* to = static_cast<float*>(job.panels) + p * job.K * kPanelRows + v * kLanes;
       for (int64_t k = k0; k < k1; k += 16) {
         const int cols = clip(k1 - k, 16);
         vf t[16];

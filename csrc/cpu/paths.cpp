@@ -1,10 +1,10 @@
 // The crossovers between our kernels and the vendor's GEMM, and relaxed counters of what ran.
 //
 // AVX-512: measured on 2 cores of Zen 4 against torch 2.13 (MKL float32, oneDNN bf16, K = N = 2048
-// and 4096). AMX: on 2 cores of a Xeon, where oneDNN multiplies bf16 in tiles, several times as
-// fast as our dot instruction; ours wins only where W is what costs. AVX2: on 2 cores of a Zen
-// without AVX-512, where oneDNN has no bf16 and a bf16 GEMM takes six times as long as a float32
-// one.
+// and 4096). AMX: on 2 cores of a Xeon, where oneDNN multiplies bf16 in tiles as our kernels do,
+// and ours read W without a copy of it; built without them, ours win only where W is what costs.
+// AVX2: on 2 cores of a Zen without AVX-512, where oneDNN has no bf16 and a bf16 GEMM takes six
+// times as long as a float32 one.
 #include "paths.h"
 
 namespace lora_kernels {
@@ -13,19 +13,23 @@ namespace {
 std::atomic<int64_t> g_counts[kNumPaths];
 std::atomic<int> g_last{static_cast<int>(Path::vendor)};
 
-// Whether torch's bf16 GEMM runs on tiles that our kernels do not have.
+// Whether torch's bf16 GEMM runs on tiles and our kernels do not: a level forced below, or a build
+// whose assembler does not know them.
 bool tiled_gemm(Isa isa) { return isa == Isa::avx512bf16 && has_amx(); }
+
+// Whether our own kernels on tiles take every product.
+bool own_tiles(DType dtype, Isa isa) { return isa == Isa::amx && dtype == DType::bf16; }
 
 // The largest M that our streaming kernel takes.
 int64_t stream_rows(DType dtype, Isa isa) {
   if (isa < Isa::avx512) return dtype == DType::f32 ? 2 : 1 << 30;
   switch (dtype) {
     case DType::f32:
-      return 32;
+      return isa == Isa::amx ? 16 : 32;
     case DType::f16:
       return 1 << 30;
     case DType::bf16:
-      return isa == Isa::avx512bf16 && !tiled_gemm(isa) ? 24 : 4;
+      return own_tiles(dtype, isa) ? 1 : isa == Isa::avx512bf16 && !tiled_gemm(isa) ? 24 : 4;
   }
   return 0;
 }
@@ -40,16 +44,19 @@ bool panel_wins(int64_t M, int64_t N, int64_t K, int64_t depth, DType dtype, Isa
   if (M * N * K <= 1 << 15) return true;  // a GEMM call costs more than the product
   if (dtype == DType::f16) return true;
   if (isa < Isa::avx512) return dtype != DType::f32;
+  if (own_tiles(dtype, isa)) return true;
   // One panel of W, 64 columns deep, must stay in L2.
   if (dtype == DType::f32) return M >= 64 && depth <= 2048;
   return isa == Isa::avx512bf16 && !tiled_gemm(isa) && M >= 64 && M * N * K <= 40000000;
 }
 
-// Whether turning x beats the vendor's GEMM: by a fifth from 12 to 128 rows on AVX2, where twelve
-// of the sixteen registers hold sums. Its panels have 16 or 32 rows; few rows leave most of one
-// empty.
+// Whether turning x beats the vendor's GEMM and the streaming kernel: for float32 by a fifth from
+// 12 to 128 rows on AVX2, where twelve of the sixteen registers hold sums, and by a third from 17
+// to 32 on the Xeon. Its panels have 16 or 32 rows; few rows leave most of one empty.
 bool turning_wins(int64_t M, DType dtype, Isa isa) {
-  return isa == Isa::avx2 && dtype == DType::f32 && M >= 12 && M <= 128;
+  if (own_tiles(dtype, isa)) return true;
+  if (dtype != DType::f32) return false;
+  return isa == Isa::avx2 ? M >= 12 && M <= 128 : isa == Isa::amx && M > 16 && M <= 32;
 }
 
 }  // namespace
@@ -65,7 +72,8 @@ Path choose_path(int64_t M, int64_t N, int64_t K, DType dtype, Isa isa, bool bac
   // Up to here a call of the vendor's GEMM costs more than the product; oneDNN's takes 25 us.
   const int64_t tiny = dtype == DType::bf16 && tiled_gemm(isa) ? 1 << 20 : 1 << 15;
   if (!backward && !by_columns) {
-    if (invariant || M * N * K <= tiny || M <= stream_rows(dtype, isa)) return Path::stream;
+    if (invariant) return own_tiles(dtype, isa) ? Path::turned : Path::stream;
+    if (M * N * K <= tiny || M <= stream_rows(dtype, isa)) return Path::stream;
     if (turning_wins(M, dtype, isa)) return Path::turned;
   } else if (invariant) {
     return Path::panel;
@@ -75,8 +83,10 @@ Path choose_path(int64_t M, int64_t N, int64_t K, DType dtype, Isa isa, bool bac
 
 // From where no row form of the base product runs: there each row keeps its bits among few others.
 // AVX-512 has registers for a dot form that loads less than it multiplies.
-bool shrink_by_rows(int64_t M, Isa isa, bool invariant) {
-  return !invariant && isa < Isa::avx512 && M > 128;
+bool shrink_by_rows(int64_t M, DType x, DType a, Isa isa, bool invariant) {
+  if (invariant) return false;
+  if (isa == Isa::amx) return M >= 32 && x == DType::bf16 && a == DType::bf16;
+  return isa < Isa::avx512 && M > 128;
 }
 
 void record_path(Path path) {

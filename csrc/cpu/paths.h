@@ -3,8 +3,8 @@
 //   stream   our own kernel: W is read once, the update joins in registers, one rounding
 //   panel    our own kernel over packed panels of W: dy W, a W stored by columns, and shapes where
 //            it beats the vendor; update, mask and bias in the same pass, one rounding
-//   turned   our own kernel over x turned, for some rows of x: W is read where it lies, the update
-//            joins in registers, one rounding
+//   turned   our own kernel over x turned: W is read where it lies, the update joins in registers,
+//            one rounding; for some rows of x, and on tiles for bf16 with any
 //   vendor   torch's GEMM (MKL, oneDNN), then the update added in place
 //   widened  half-precision W and x in float32 blocks through torch's GEMM, the update as above
 //   add      no base product: lora_add_, shrink, expand
@@ -31,7 +31,7 @@ Path choose_path(int64_t M, int64_t N, int64_t K, DType dtype, Isa isa, bool bac
                  bool by_columns, bool invariant);
 
 // Whether a shrink of M rows runs in row form (linear_shrink_isa.cpp).
-bool shrink_by_rows(int64_t M, Isa isa, bool invariant);
+bool shrink_by_rows(int64_t M, DType x, DType a, Isa isa, bool invariant);
 
 void record_path(Path path);
 Path last_path();

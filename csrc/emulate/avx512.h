@@ -286,6 +286,9 @@ LK_EMULATED __m512i mask_shuffle_epi32(__m512i other, __mmask16 k, __m512i a, in
   return each<I32>(
       [&](int i) { return k >> i & 1 ? x[i / 4 * 4 + (control >> i % 4 * 2 & 3)] : o[i]; });
 }
+LK_EMULATED __m512i shuffle_epi32(__m512i a, int control) {
+  return mask_shuffle_epi32(a, 0xffff, a, control);
+}
 LK_EMULATED __m512i permutex2var_epi64(__m512i a, __m512i index, __m512i b) {
   const I64 x = a, y = b, from = index;
   return each<I64>([&](int i) { return from[i] & 8 ? y[from[i] & 7] : x[from[i] & 7]; });

@@ -48,6 +48,8 @@
 #define _mm512_loadu_si512 ::lora_kernels_emulate::loadu_si512
 #undef _mm512_mask_or_epi32
 #define _mm512_mask_or_epi32 ::lora_kernels_emulate::mask_or_epi32
+#undef _mm512_shuffle_epi32
+#define _mm512_shuffle_epi32 ::lora_kernels_emulate::shuffle_epi32
 #undef _mm512_mask_shuffle_epi32
 #define _mm512_mask_shuffle_epi32 ::lora_kernels_emulate::mask_shuffle_epi32
 #undef _mm512_mask_storeu_ps

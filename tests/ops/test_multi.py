@@ -245,6 +245,7 @@ def test_plan(slots, spare):
         (lambda: plan_batch([0, 5], num_slots=3), "token_slots: expected slots from -1 to 2"),
         (lambda: plan_batch([-2]), "token_slots"),
         (lambda: plan_batch([0.5]), "token_slots: expected a 1-D integer"),
+        (lambda: plan_batch([0], 16), r"slot_ranks: expected \(num_slots\)"),
         (lambda: plan_batch([0, 1], [4], num_slots=2), "sizes disagree"),
         (lambda: plan_batch([0] * 9, out=BatchPlan.empty(4, 2)), "at most 4 rows"),
         (lambda: BatchPlan.empty(-1, 2), "max_tokens"),

@@ -3,7 +3,8 @@
 // Element types, a strided matrix view, the parallel-for hook that the framework binding injects,
 // and the choice of instruction set. Every kernel is compiled once per instruction set in
 // namespace lora_kernels::<isa>; `isa()` says which of them runs: the best the CPU has, or a lower
-// one forced by LORA_KERNELS_CPU_ISA=portable|avx2|avx512|avx512bf16 (read once, for tests).
+// one forced by LORA_KERNELS_CPU_ISA=portable|avx2|avx512|avx512bf16|amx (read once, for tests).
+// `amx` has kernels of its own for bf16 products (csrc/cpu/*_amx.cpp), else those of avx512bf16.
 // Parallel code splits work by index alone, so results never depend on the number of threads.
 #pragma once
 
@@ -23,13 +24,14 @@ enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 
 inline int64_t dtype_size(DType t) { return t == DType::f32 ? 4 : 2; }
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4 };
+constexpr int kNumIsas = 5;
 
 // The instruction set that runs, and what the CPU itself offers.
 Isa isa();
 Isa best_isa();
 const char* isa_name(Isa isa);
-// Whether CPU and OS have AMX's bf16 tiles, which torch's GEMM uses and our kernels do not.
+// Whether CPU and OS give this process AMX's bf16 tiles, which torch's GEMM uses where it can.
 bool has_amx();
 
 // fn(begin, end, context) over disjoint ranges that cover [0, count), each at least `grain` long

@@ -35,9 +35,10 @@
   __VA_ARGS__                          \
   }
 
-// A pointer to the version of `function` for lora_kernels::isa().
+// A pointer to the version of `function` for lora_kernels::isa(). What is compiled for amx alone is
+// picked by its callers.
 #define LK_SELECT_ISA(function)                                                                 \
-  (::lora_kernels::isa() == ::lora_kernels::Isa::avx512bf16                                     \
+  (::lora_kernels::isa() >= ::lora_kernels::Isa::avx512bf16                                     \
        ? &::lora_kernels::LK_NS_AVX512BF16::function                                            \
    : ::lora_kernels::isa() == ::lora_kernels::Isa::avx512                                       \
        ? &::lora_kernels::LK_NS_AVX512::function                                                \

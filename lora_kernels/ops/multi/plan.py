@@ -71,6 +71,8 @@ def plan_batch(token_slots, slot_ranks=None, *, num_slots=None, out=None):
     if slots.dim() != 1 or slots.is_floating_point() or slots.dtype == torch.bool:
         raise ValueError(f"token_slots: expected a 1-D integer tensor, got {slots.dtype} {tuple(slots.shape)}")
     ranks = None if slot_ranks is None else torch.as_tensor(slot_ranks, dtype=torch.int32)
+    if ranks is not None and ranks.dim() not in (1, 2):
+        raise ValueError(f"slot_ranks: expected (num_slots) or (num_slots, slices), got {tuple(ranks.shape)}")
     num_slots = _num_slots(slots, ranks, num_slots, out)
     if slots.device.type == "cpu" and slots.numel() and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in torch.aminmax(slots))
