@@ -152,12 +152,8 @@ const void* pack_all(PackJob job, Range m, int slot) {
 }
 
 // Whether threads split the rows of a turned product, not its columns: each packs only its own rows
-// of x, and what is small stays in its own cache. All of them read all of W.
-bool turns_by_rows(const TurnTask& t) {
-  constexpr int64_t kFewRows = 64, kManyRows = 256;
-  const bool small = t.N * t.job.K <= kL2Elements;
-  return t.job.M >= (small ? kFewRows : kManyRows * thread_count());
-}
+// of x, and what is small stays in its own cache. All of them read all of W, so it must be small.
+bool turns_by_rows(const TurnTask& t) { return t.job.M >= 64 && t.N * t.job.K <= kL2Elements; }
 
 struct Scratch {
   void* data = nullptr;
