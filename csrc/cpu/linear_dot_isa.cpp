@@ -47,19 +47,6 @@ struct Step<bf16, bf16> {
 };
 #endif
 
-// The first n bits at p, n <= 32.
-LK_INLINE uint32_t load_bits(const uint8_t* p, int n) {
-  uint32_t bits = 0;
-  if (n == 32) {
-    std::memcpy(&bits, p, 4);
-  } else if (n == 16) {
-    std::memcpy(&bits, p, 2);
-  } else {
-    for (int i = 0; i < (n + 7) / 8; i++) bits |= static_cast<uint32_t>(p[i]) << (8 * i);
-  }
-  return bits;
-}
-
 constexpr int64_t kLongSum = 8192, kSumPart = 2048;  // a longer sum of the shrink is made of parts
 constexpr int64_t kPrefetch = 512;                   // bytes ahead in the streamed operand
 

@@ -42,17 +42,6 @@ struct RowSource {
   int64_t row(int64_t i) const { return list ? list[i] : i; }
 };
 
-// The first n bits at p, n <= 32.
-LK_INLINE uint32_t load_bits(const uint8_t* p, int n) {
-  uint32_t bits = 0;
-  if (n == 32) {
-    std::memcpy(&bits, p, 4);
-  } else {
-    for (int i = 0; i < (n + 7) / 8; i++) bits |= static_cast<uint32_t>(p[i]) << (8 * i);
-  }
-  return bits;
-}
-
 // Row `row` at [k, k + n), n <= 32, the rest zero.
 LK_INLINE vb load_row(const RowSource& s, int64_t row, int64_t k, int n) {
   const bf16* p = s.x + row * s.stride + k;

@@ -23,6 +23,19 @@ LK_INLINE float bits_float(uint32_t u) {
   return x;
 }
 
+// The first n bits at p, n <= 32.
+LK_INLINE uint32_t load_bits(const uint8_t* p, int n) {
+  uint32_t bits = 0;
+  if (n == 32) {
+    std::memcpy(&bits, p, 4);
+  } else if (n == 16) {
+    std::memcpy(&bits, p, 2);
+  } else {
+    for (int i = 0; i < (n + 7) / 8; i++) bits |= static_cast<uint32_t>(p[i]) << (8 * i);
+  }
+  return bits;
+}
+
 LK_INLINE float to_float(float x) { return x; }
 LK_INLINE float to_float(bf16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
 LK_INLINE float to_float(f16 x) {
