@@ -80,11 +80,11 @@ inline TurnTask turned_forward(const TensorArg& y, const TensorArg& x, const Ten
   return task;
 }
 
-// Whether base_forward takes an update a row along. On tiles more rows are cheaper as tiles of
-// their own, but a row's bits may not depend on their number where `invariant`.
-inline bool joins_rows(Path path, DType dtype, int64_t M, int64_t slices, bool invariant) {
+// Whether base_forward takes an update a row along. Of many rows, those of one adapter are cheaper
+// as a product of their own, but a row's bits may not depend on their number where `invariant`.
+inline bool joins_rows(Path path, int64_t M, int64_t slices, bool invariant) {
   if (path == Path::stream) return true;
-  return path == Path::turned && slices == 1 && turn_adds_rows(dtype) && (invariant || M <= 64);
+  return path == Path::turned && slices == 1 && (invariant || M <= 64);
 }
 
 // y (M, N) = x W^T + bias. Returns true where `updates` (see run_base) went in as well.

@@ -174,7 +174,7 @@ inline void finish(const Shape& s, const TensorArg& y, const TensorArg& x, Tenso
   const Path path = path_for(s.M, w, s.dtype, false, invariant);
   RowUpdate* updates = nullptr;
   const bool as_one = turns_whole(s, path, invariant);
-  if (!as_one && joins_rows(path, s.dtype, s.M, s.S, invariant) && s.R > 0) {
+  if (!as_one && joins_rows(path, s.M, s.S, invariant) && s.R > 0) {
     updates = static_cast<RowUpdate*>(
         thread_scratch(2, s.S * s.M * static_cast<int64_t>(sizeof(RowUpdate))));
     for (int64_t i = 0; i < s.S; i++) {

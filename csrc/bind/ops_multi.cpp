@@ -97,7 +97,7 @@ TensorArg forward(const Base& base, const Batch& batch, const TensorArg& x, Tens
 
   const Path path = path_for(base.M, w, base.dtype, false, invariant);
   RowUpdate* updates = nullptr;
-  if (joins_rows(path, base.dtype, base.M, S, invariant) && !batch.segments.empty()) {
+  if (joins_rows(path, base.M, S, invariant) && !batch.segments.empty()) {
     const size_t bytes = static_cast<size_t>(S * base.M) * sizeof(RowUpdate);
     updates = static_cast<RowUpdate*>(thread_scratch(2, static_cast<int64_t>(bytes)));
     std::memset(static_cast<void*>(updates), 0, bytes);

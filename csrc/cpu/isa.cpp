@@ -37,6 +37,19 @@ bool detect_amx() {
 #endif
 }
 
+bool detect_zen5() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid(0, &a, &b, &c, &d)) return false;
+  const bool amd = b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
+  if (!amd || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+  const unsigned base = a >> 8 & 0xf, extended = a >> 20 & 0xff;
+  return base == 0xf && base + extended >= 0x1a;
+#else
+  return false;
+#endif
+}
+
 Isa detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -96,6 +109,11 @@ Isa isa() {
 bool has_amx() {
   static const bool has = detect_amx();
   return has;
+}
+
+bool is_zen5() {
+  static const bool is = detect_zen5();
+  return is;
 }
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }

@@ -63,7 +63,7 @@ constexpr int64_t kDotRows = 6,
                   kDotCols = 8;  // the dot kernel's rows, and a multiple of its columns
 constexpr int64_t kShrinkRows = 24, kTileRows = 32;  // that the row form takes at a time
 constexpr int64_t kAddCols = 64, kAddRows = 6;       // one panel
-constexpr int64_t kGradCols = 48, kTileCols = 64;    // a multiple of every level's tile
+constexpr int64_t kGradCols = 64;                    // a multiple of every level's tile
 constexpr int64_t kTurnCols = 48;                    // made together by the turned form
 constexpr int64_t kPackCols = 32;                    // packed together
 constexpr int64_t kL2Elements = 1 << 19;             // of a W that stays in L2
@@ -129,9 +129,8 @@ void add_part(const AddTask& t, int64_t i, int64_t parts) {
 
 void grad_part(const GradTask& t, int64_t i, int64_t parts) {
   if (t.K <= 0 || t.job.R <= 0) return;
-  const bool tiled = on_tiles(t.job);
-  const Range k = part(t.K, tiled ? kTileCols : kGradCols, i, parts);
-  if (k.begin < k.end) LK_RUN(grad_kernel, tiled, t.job, k.begin, k.end);
+  const Range k = part(t.K, kGradCols, i, parts);
+  if (k.begin < k.end) LK_RUN(grad_kernel, on_tiles(t.job), t.job, k.begin, k.end);
 }
 
 // Slots of thread_scratch for packed x and h.
@@ -252,9 +251,10 @@ void run_base(const BaseJob& job, int64_t M, const int64_t* starts, int64_t slic
   });
 }
 
-bool turn_adds(DType w, DType b) { return !on_tiles(w, w) || b == w; }
-
-bool turn_adds_rows(DType w) { return on_tiles(w, w); }
+bool turn_adds(DType w, DType b) {
+  static const bool pairs = isa() >= Isa::avx512bf16;
+  return !pairs || w != DType::bf16 || b == w;
+}
 
 void run_turn(const TurnTask& task, const DotTask* shrink, const Draw* draw) {
   TurnJob job = task.job;

@@ -57,9 +57,8 @@ struct TurnTask {
 
 // `shrink`, where given, is done first; its result is the task's h.
 void run_turn(const TurnTask& task, const DotTask* shrink = nullptr, const Draw* draw = nullptr);
-// Whether the update by a B of that dtype can join the product; whether job.updates can.
+// Whether the update by a B of that dtype can join the product; job.updates always can.
 bool turn_adds(DType w, DType b);
-bool turn_adds_rows(DType w);
 
 // The adds and the gradients are independent of one another; one region for all.
 void run_adds_and_grads(const AddTask* adds, int64_t num_adds, const GradTask* grads,

@@ -101,8 +101,8 @@ struct GradJob {
   int64_t mask_stride;
 };
 
-constexpr int kTurnRows = 32;        // of x in a panel of the turned form
-constexpr int64_t kTurnBlock = 128;  // steps of k that it sums at a time
+constexpr int kTurnRows = 16;        // of x in a panel of the turned form
+constexpr int64_t kTurnBlock = 128;  // steps of the sum that it takes at a time
 
 struct PackJob {
   const void* x;
@@ -111,7 +111,8 @@ struct PackJob {
   int64_t M, K;
   float scale;
   DType w_dtype;  // of the product that they are for
-  void* panels;   // floats [ceil(M / kTurnRows)][K][kTurnRows]; on tiles, bf16 (tile_product.h)
+  void* panels;   // [ceil(M / kTurnRows)][K][kTurnRows] floats, or as many pairs of bf16 for pairs
+                  // of k (turn_steps.h); on tiles as tile_product.h says
 };
 
 struct TurnJob {
@@ -128,7 +129,7 @@ struct TurnJob {
   void* y;
   int64_t y_stride;
   DType y_dtype;             // w's, or float32
-  const RowUpdate* updates;  // one a row of x, with a B of b_dtype, or null; on tiles alone
+  const RowUpdate* updates;  // one a row of x, with a B of b_dtype, or null
 };
 
 // 64-byte aligned memory of the calling thread, kept between calls; its six slots are separate.

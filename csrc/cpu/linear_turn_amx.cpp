@@ -5,6 +5,7 @@
 // rows stays in L2 while all of x passes, 32 rows of x and 32 of W at a time, in four tiles of sums
 // that take the update first and then the base product. The result is turned back when it is
 // rounded, once.
+#include "row_update.h"
 #include "tile_product.h"
 
 namespace lora_kernels {
@@ -28,33 +29,7 @@ const bf16* panel(const void* panels, int64_t K, int64_t block) {
   return static_cast<const bf16*>(panels) + block * steps_of(K) * kTile;
 }
 
-// What one row's own adapter adds to 16 columns of y: [n0, n0 + cols).
-template <class TB>
-vf row_update(const RowUpdate& u, int64_t n0, int cols) {
-  vf t[16];
-  for (int i = 0; i < 16; i++) t[i] = zero();
-  const TB* b = static_cast<const TB*>(u.b) + n0 * u.b_stride;
-  const vf scale = broadcast(u.scale);
-  for (int64_t r = 0; r < u.rank; r += kLanes) {
-    const int ranks = clip(u.rank - r, kLanes);
-    const vf h = mul(scale, load_n(u.h + r, ranks));
-    for (int i = 0; i < cols; i++) t[i] = fma(h, load_n(b + i * u.b_stride + r, ranks), t[i]);
-  }
-  return hsum16(t);
-}
-
-// Asks for what row_update will read of columns [n0, n0 + cols), while a product runs.
-void fetch_update(const TurnJob& job, int64_t m0, int rows, int64_t n0, int cols) {
-  for (int i = 0; i < rows; i++) {
-    const RowUpdate& u = job.updates[m0 + i];
-    if (u.rank <= 0) continue;
-    const char* p = element(u.b, n0 * u.b_stride, job.b_dtype);
-    const char* end = element(u.b, (n0 + cols - 1) * u.b_stride + u.rank, job.b_dtype);
-    for (; p < end; p += 64) __builtin_prefetch(p);
-  }
-}
-
-// Adds it to 32 columns.
+// Adds what a row's own adapter gives to 32 columns.
 void add_update(const TurnJob& job, const RowUpdate& u, int64_t n0, int cols, vf* lo, vf* hi) {
   if (u.rank <= 0) return;
   const bool wide = job.b_dtype == DType::f32;
@@ -130,8 +105,9 @@ void turn_kernel(const TurnJob& job, int64_t n0, int64_t n1) {
       for (int64_t i = n; i < end; i += 2 * kSide) {
         const int cols = clip(end - i, 2 * kSide);
         const int64_t block = (i - n) / kSide;
-        if (job.updates != nullptr) {
-          fetch_update(job, m * kSide, clip(job.M - m * kSide, 2 * kSide), i, cols);
+        for (int64_t r = m * kSide; job.updates != nullptr && r < job.M && r < (m + 2) * kSide;
+             r++) {
+          fetch_update(job.updates[r], job.b_dtype, i, cols);
         }
         with_tiles(cols > kSide ? 2 : 1, q, [&](auto P, auto Q) {
           zero_sums<P, Q>();

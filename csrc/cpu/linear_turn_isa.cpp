@@ -1,78 +1,79 @@
 // Turned form: y[m, n] = sum_k x[m, k] w[n, k] + s sum_r h[m, r] b[n, r] + bias[n], vectors along
 // m.
 //
-// x is packed once, turned: panels of kPanelRows rows, k by k, so that a step of k is a few vectors
-// of rows. W is read where it lies, a few of its rows at a time, one number of each a step,
-// broadcast: nothing of W is packed, and it goes by once for each panel. The low-rank update is the
-// same loop with r in place of k. Every (m, n) owns one accumulator and one fixed order of
-// additions, whatever the tile: a row's bits depend on neither the other rows nor the split over
-// threads. Sums of kBlock steps are added up one after the other, as one long sum would lose its
-// last bits step by step.
+// x is packed once, turned: panels of 16 rows, k by k, so that a step of k is a vector of rows;
+// with the bf16 dot instruction a step is a pair of k. Up to three panels meet a few rows of W at a
+// time, which are read where they lie, one step of each, broadcast: nothing of W is packed, and it
+// goes by once for every kPanelsAtOnce panels, asked for a block of k ahead. The low-rank update is
+// the same loop with r in place of k; where rows have adapters of their own it joins when they are
+// stored. Every (m, n) owns one accumulator and one fixed order of additions, whatever the tile: a
+// row's bits depend on neither the other rows nor the split over threads. Sums of kBlock steps are
+// added up one after the other, as one long sum would lose its last bits step by step.
 //
 // The result of a tile is turned as well; it is turned back, sixteen columns at a time, when it is
 // rounded and stored. Rows past the last are zero in the panel and are not stored.
-#include <type_traits>
-
-#include "linear_jobs.h"
-#include "lora_kernels/simd.h"
+#include "row_update.h"
+#include "turn_steps.h"
 
 namespace lora_kernels {
 namespace LK_ISA {
 namespace {
 
-constexpr int64_t kBlock = kTurnBlock;
-constexpr int kPanelRows = kTurnRows;
-constexpr int kVecs = kPanelRows / kLanes;
-// Rows of W at a time: accumulators, one vector of x, and as many broadcasts in the registers.
-#if defined(__AVX512F__)
-constexpr int kWide = 8;
-#else
-constexpr int kWide = 3;
-#endif
+constexpr int kChunk = 48;            // columns of y made before they are turned back
+constexpr int64_t kPanelsAtOnce = 4;  // that pass over a chunk of W
 
-LK_INLINE int clip(int64_t n, int64_t most) { return static_cast<int>(n < most ? n : most); }
-
-// acc[n] += the rows of a panel, [steps][kPanelRows], times w[n][0 .. steps).
-template <int V, int NR>
-LK_INLINE void add_steps(const float* panel, const float* const* w, int64_t steps,
+// acc[n] += the rows of V panels, `apart` words from one another, times as many steps of row n of
+// w.
+template <class S, int V, int NR>
+LK_INLINE void add_steps(const float* panel, int64_t apart, const typename S::Row* w, int64_t steps,
                          vf (&acc)[NR][V]) {
-  for (int64_t k = 0; k < steps; k++, panel += kPanelRows) {
-    if (V == 1) {  // more rows of w than there are registers left for their broadcasts
-      const vf xv = load(panel);
+  int64_t k = 0;
+  if constexpr (V == 1) {
+    k = S::add_fours(panel, w, steps, acc);
+    panel += k * kLanes;
+  }
+  for (; k < steps; k++, panel += kLanes) {
+    if (V == 1 || S::kHoldsX) {
+      typename S::V xv[V];
       LK_UNROLL
-      for (int n = 0; n < NR; n++) acc[n][0] = fma(xv, broadcast(w[n][k]), acc[n][0]);
+      for (int v = 0; v < V; v++) xv[v] = S::vec(panel + v * apart);
+      LK_UNROLL
+      for (int n = 0; n < NR; n++) {
+        const typename S::V wv = S::bcast(w[n], k);
+        LK_UNROLL
+        for (int v = 0; v < V; v++) acc[n][v] = S::mac(xv[v], wv, acc[n][v]);
+      }
       continue;
     }
-    vf wv[NR];
+    typename S::V wv[NR];
     LK_UNROLL
-    for (int n = 0; n < NR; n++) wv[n] = broadcast(w[n][k]);
+    for (int n = 0; n < NR; n++) wv[n] = S::bcast(w[n], k);
     LK_UNROLL
     for (int v = 0; v < V; v++) {
-      const vf xv = load(panel + v * kLanes);
+      const typename S::V xv = S::vec(panel + v * apart);
       LK_UNROLL
-      for (int n = 0; n < NR; n++) acc[n][v] = fma(xv, wv[n], acc[n][v]);
+      for (int n = 0; n < NR; n++) acc[n][v] = S::mac(xv, wv[n], acc[n][v]);
     }
   }
 }
 
-// One row of w, widened where it is not float: [k, k + steps) of it.
+// Some numbers of k of W's rows: where the first row has them, how many, and how far from them lie
+// those that the same rows will want next.
 template <class T>
-LK_INLINE const float* floats(const T* w, int64_t steps, float* buffer) {
-  int64_t k = 0;
-  for (; k + kLanes <= steps; k += kLanes) store(buffer + k, load(w + k));
-  for (; k < steps; k++) buffer[k] = to_float(w[k]);
-  return buffer;
-}
-LK_INLINE const float* floats(const float* w, int64_t, float*) { return w; }
+struct Block {
+  const T* w;
+  int64_t stride, count, ahead;
+};
 
-// out[n][kPanelRows] += `steps` steps of a panel times those of NR rows of w.
-template <class T, int V, int NR>
-LK_INLINE void tile(const float* panel, const T* w, int64_t w_stride, int64_t steps, float* out) {
-  float wide[std::is_same<T, float>::value ? 1 : NR][kBlock];
-  const float* rows[NR];
+// out[v][n][16] += those numbers of V panels times those of NR rows, from row n0 on.
+template <class S, int V, int NR>
+LK_INLINE void tile(const float* panel, int64_t apart, const Block<typename S::W>& block, int n0,
+                    float* out) {
+  typename S::Buffer buffers[NR];
+  typename S::Row rows[NR];
   LK_UNROLL
   for (int n = 0; n < NR; n++) {
-    rows[n] = floats(w + n * w_stride, steps, wide[std::is_same<T, float>::value ? 0 : n]);
+    rows[n] = S::row(block.w + (n0 + n) * block.stride, block.count, buffers[n]);
   }
   vf acc[NR][V];
   LK_UNROLL
@@ -80,123 +81,148 @@ LK_INLINE void tile(const float* panel, const T* w, int64_t w_stride, int64_t st
     LK_UNROLL
     for (int v = 0; v < V; v++) acc[n][v] = zero();
   }
-  add_steps<V, NR>(panel, rows, steps, acc);
+  const int64_t steps = block.count / S::kSize;
+  for (int64_t k = 0; k < steps; k += S::kLine) {
+    typename S::Row at[NR];
+    LK_UNROLL
+    for (int n = 0; n < NR; n++) {
+      at[n] = rows[n] + k * S::kSize;
+      S::fetch(at[n], block.ahead);
+    }
+    add_steps<S, V, NR>(panel + k * kLanes, apart, at, steps - k < S::kLine ? steps - k : S::kLine,
+                        acc);
+  }
+  if (steps * S::kSize < block.count) {
+    LK_UNROLL
+    for (int n = 0; n < NR; n++) rows[n] = S::last(rows[n] + steps * S::kSize, buffers[n]);
+    add_steps<S, V, NR>(panel + steps * kLanes, apart, rows, 1, acc);
+  }
   LK_UNROLL
   for (int n = 0; n < NR; n++) {
     LK_UNROLL
     for (int v = 0; v < V; v++) {
-      float* sum = out + n * kPanelRows + v * kLanes;
+      float* sum = out + (v * kChunk + n0 + n) * kLanes;
       store(sum, add(load(sum), acc[n][v]));
     }
   }
 }
 
-// out[n][kPanelRows] += a whole panel times `count` rows of w, a block of k after the other: the
-// block of the panel stays in L1 while all of the rows pass.
-template <class T, int V>
-void add_product(const float* panel, const T* w, int64_t w_stride, int64_t K, int count,
-                 float* out) {
-  constexpr int kMost = V == 1 ? 2 * kWide : kWide;
-  for (int64_t k = 0; k < K; k += kBlock, panel += kBlock * kPanelRows, w += kBlock) {
-    const int64_t steps = K - k < kBlock ? K - k : kBlock;
-    int n = 0;
-    for (; n + kMost <= count; n += kMost) {
-      tile<T, V, kMost>(panel, w + n * w_stride, w_stride, steps, out + n * kPanelRows);
+// The same for `rows` rows.
+template <class S, int V>
+void add_block(const float* panel, int64_t apart, const Block<typename S::W>& block, int rows,
+               float* out) {
+  constexpr int kMost = S::wide(V);
+  int n = 0;
+  for (; n + kMost <= rows; n += kMost) tile<S, V, kMost>(panel, apart, block, n, out);
+  for (; n + 2 <= rows; n += 2) tile<S, V, 2>(panel, apart, block, n, out);
+  if (n < rows) tile<S, V, 1>(panel, apart, block, n, out);
+}
+
+// out[p][n][16] += `panels` panels of x, each of K numbers a row, times `rows` rows of w, a block
+// of k after the other: a block of w stays in L1 while the panels pass.
+template <class S>
+void add_product(const float* x, int64_t K, int panels, const typename S::W* w, int64_t w_stride,
+                 int rows, float* out) {
+  constexpr int64_t kNumbers = kBlock * S::kSize;
+  const int64_t apart = S::steps(K) * kLanes;
+  for (int64_t k = 0; k < K; k += kNumbers) {
+    // Past the last block comes the first one of the next chunk.
+    const Block<typename S::W> block = {w + k, w_stride, K - k < kNumbers ? K - k : kNumbers,
+                                        k + kNumbers < K ? kNumbers : kChunk * w_stride - k};
+    const float* at = x + k / S::kSize * kLanes;
+    for (int p = 0; p < panels;) {
+      float* sums = out + p * kChunk * kLanes;
+      const int left = panels - p;
+      if (left == 1) {
+        add_block<S, 1>(at + p * apart, apart, block, rows, sums);
+        p += 1;
+      } else if (left == 3) {
+        add_block<S, 3>(at + p * apart, apart, block, rows, sums);
+        p += 3;
+      } else {
+        add_block<S, 2>(at + p * apart, apart, block, rows, sums);
+        p += 2;
+      }
     }
-    for (; n + 2 <= count; n += 2) {
-      tile<T, V, 2>(panel, w + n * w_stride, w_stride, steps, out + n * kPanelRows);
-    }
-    if (n < count) tile<T, V, 1>(panel, w + n * w_stride, w_stride, steps, out + n * kPanelRows);
   }
 }
 
-template <class T, class TB, int V>
-void columns(const TurnJob& job, int64_t panel, int64_t n0, int count, float* out) {
-  std::memset(out, 0, sizeof(float) * kPanelRows * static_cast<size_t>(count));
-  add_product<TB, V>(static_cast<const float*>(job.h) + panel * job.R * kPanelRows,
-                     static_cast<const TB*>(job.b) + n0 * job.b_stride, job.b_stride, job.R, count,
-                     out);
-  add_product<T, V>(static_cast<const float*>(job.panels) + panel * job.K * kPanelRows,
-                    static_cast<const T*>(job.w) + n0 * job.w_stride, job.w_stride, job.K, count,
-                    out);
-}
-
-// Sixteen columns of y at a time: turned back, the bias added, rounded.
-template <class TY>
+// The rows of a panel, sixteen columns at a time: turned back, a row's own update and the bias
+// added, rounded.
+template <class TY, class TB>
 void store_columns(const TurnJob& job, int64_t panel, int64_t n0, int count, const float* out) {
-  const int64_t m0 = panel * kPanelRows;
-  const int rows = clip(job.M - m0, kPanelRows);
+  const int64_t m0 = panel * kLanes;
+  const int rows = clip(job.M - m0, kLanes);
   const TY* bias = static_cast<const TY*>(job.bias);
   for (int n = 0; n < count; n += 16) {
     const int cols = clip(count - n, 16);
     vf add_on = zero();
     if (bias != nullptr) add_on = cols == 16 ? load(bias + n0 + n) : load_n(bias + n0 + n, cols);
-    for (int v = 0; v * kLanes < rows; v++) {
-      vf t[16];
-      for (int i = 0; i < 16; i++) {
-        t[i] = i < cols ? load(out + (n + i) * kPanelRows + v * kLanes) : zero();
+    vf t[16];
+    for (int i = 0; i < 16; i++) t[i] = i < cols ? load(out + (n + i) * kLanes) : zero();
+    transpose16(t);
+    for (int i = 0; i < rows; i++) {
+      vf sum = t[i];
+      if (job.updates != nullptr && job.updates[m0 + i].rank > 0) {
+        sum = add(sum, row_update<TB>(job.updates[m0 + i], n0 + n, cols));
       }
-      transpose16(t);
-      const int left = clip(rows - v * kLanes, kLanes);
-      for (int i = 0; i < left; i++) {
-        TY* y = static_cast<TY*>(job.y) + (m0 + v * kLanes + i) * job.y_stride + n0 + n;
-        const vf sum = bias != nullptr ? add(t[i], add_on) : t[i];
-        if (cols == 16) {
-          store(y, sum);
-        } else {
-          store_n(y, sum, cols);
-        }
+      if (bias != nullptr) sum = add(sum, add_on);
+      TY* y = static_cast<TY*>(job.y) + (m0 + i) * job.y_stride + n0 + n;
+      if (cols == 16) {
+        store(y, sum);
+      } else {
+        store_n(y, sum, cols);
       }
     }
   }
 }
 
-constexpr int kChunk = 48;            // columns of y made before they are turned back
-constexpr int64_t kPanelsAtOnce = 2;  // that pass over all of W while they are in L2
-
-template <class T, class TB>
+// S multiplies x and w, SB h and b.
+template <class S, class SB>
 void turn(const TurnJob& job, int64_t n0, int64_t n1) {
-  float out[kChunk * kPanelRows];
-  const int64_t panels = (job.M + kPanelRows - 1) / kPanelRows;
-  for (int64_t first = 0; first < panels; first += kPanelsAtOnce) {
+  using TW = typename S::W;
+  using TB = typename SB::W;
+  float out[kPanelsAtOnce * kChunk * kLanes];
+  const int64_t all = (job.M + kLanes - 1) / kLanes;
+  for (int64_t first = 0; first < all; first += kPanelsAtOnce) {
+    const int panels = clip(all - first, kPanelsAtOnce);
+    const float* x = static_cast<const float*>(job.panels) + first * S::steps(job.K) * kLanes;
+    const float* h = static_cast<const float*>(job.h) + first * SB::steps(job.R) * kLanes;
     for (int64_t n = n0; n < n1; n += kChunk) {
       const int count = clip(n1 - n, kChunk);
-      for (int64_t p = first; p < panels && p < first + kPanelsAtOnce; p++) {
-        if (job.M - p * kPanelRows > kLanes) {
-          columns<T, TB, kVecs>(job, p, n, count, out);
-        } else {
-          columns<T, TB, 1>(job, p, n, count, out);
-        }
+      std::memset(out, 0, sizeof(float) * static_cast<size_t>(panels * kChunk * kLanes));
+      const int64_t end = (first + panels) * kLanes;
+      for (int64_t m = first * kLanes; job.updates != nullptr && m < job.M && m < end; m++) {
+        fetch_update(job.updates[m], job.b_dtype, n, count);
+      }
+      add_product<SB>(h, job.R, panels, static_cast<const TB*>(job.b) + n * job.b_stride,
+                      job.b_stride, count, out);
+      add_product<S>(x, job.K, panels, static_cast<const TW*>(job.w) + n * job.w_stride,
+                     job.w_stride, count, out);
+      for (int p = 0; p < panels; p++) {
+        const float* sums = out + p * kChunk * kLanes;
         if (job.y_dtype == DType::f32) {
-          store_columns<float>(job, p, n, count, out);
+          store_columns<float, TB>(job, first + p, n, count, sums);
         } else {
-          store_columns<T>(job, p, n, count, out);
+          store_columns<TW, TB>(job, first + p, n, count, sums);
         }
       }
     }
   }
 }
 
-template <class T>
+template <class S, class TX>
 void pack(const PackJob& job, int64_t k0, int64_t k1) {
-  const vf s = broadcast(job.scale);
-  const int64_t panels = (job.M + kPanelRows - 1) / kPanelRows;
-  for (int64_t p = 0; p < panels; p++) {
-    for (int v = 0; v < kVecs; v++) {
-      const int64_t m0 = p * kPanelRows + v * kLanes;
-      const int rows = job.M > m0 ? clip(job.M - m0, kLanes) : 0;
-      const T* x = static_cast<const T*>(job.x) + m0 * job.x_stride;
-      float* to = static_cast<float*>(job.panels) + p * job.K * kPanelRows + v * kLanes;
-      for (int64_t k = k0; k < k1; k += 16) {
-        const int cols = clip(k1 - k, 16);
-        vf t[16];
-        for (int i = 0; i < 16; i++) {
-          const T* from = x + i * job.x_stride + k;
-          t[i] = i >= rows ? zero() : mul(s, cols == 16 ? load(from) : load_n(from, cols));
-        }
-        transpose16(t);
-        for (int i = 0; i < cols; i++) store(to + (k + i) * kPanelRows, t[i]);
-      }
+  for (int64_t m0 = 0; m0 < job.M; m0 += kLanes) {
+    const int rows = clip(job.M - m0, kLanes);
+    const TX* x = static_cast<const TX*>(job.x) + m0 * job.x_stride;
+    float* to = static_cast<float*>(job.panels) + m0 * S::steps(job.K);
+    for (int64_t k = k0; k < k1; k += 16 * S::kSize) {
+      const int count = clip(k1 - k, 16 * S::kSize);
+      vf t[16];
+      const int steps = S::take(x + k, job.x_stride, rows, count, job.scale, t);
+      transpose16(t);
+      for (int i = 0; i < steps; i++) store(to + (k / S::kSize + i) * kLanes, t[i]);
     }
   }
 }
@@ -204,9 +230,18 @@ void pack(const PackJob& job, int64_t k0, int64_t k1) {
 template <class T>
 void turn_by_adapter(const TurnJob& job, int64_t n0, int64_t n1) {
   if (job.b_dtype == DType::f32) {
-    turn<T, float>(job, n0, n1);
+    turn<Steps<T>, Steps<float>>(job, n0, n1);
   } else {
-    turn<T, T>(job, n0, n1);
+    turn<Steps<T>, Steps<T>>(job, n0, n1);
+  }
+}
+
+template <class T>
+void pack_for(const PackJob& job, int64_t k0, int64_t k1) {
+  if (job.x_dtype == DType::f32) {
+    pack<Steps<T>, float>(job, k0, k1);
+  } else {
+    pack<Steps<T>, T>(job, k0, k1);
   }
 }
 
@@ -215,7 +250,7 @@ void turn_by_adapter(const TurnJob& job, int64_t n0, int64_t n1) {
 void turn_kernel(const TurnJob& job, int64_t n0, int64_t n1) {
   switch (job.w_dtype) {
     case DType::f32:
-      return turn<float, float>(job, n0, n1);
+      return turn_by_adapter<float>(job, n0, n1);
     case DType::f16:
       return turn_by_adapter<f16>(job, n0, n1);
     case DType::bf16:
@@ -224,13 +259,13 @@ void turn_kernel(const TurnJob& job, int64_t n0, int64_t n1) {
 }
 
 void pack_kernel(const PackJob& job, int64_t k0, int64_t k1) {
-  switch (job.x_dtype) {
+  switch (job.w_dtype) {
     case DType::f32:
-      return pack<float>(job, k0, k1);
+      return pack_for<float>(job, k0, k1);
     case DType::f16:
-      return pack<f16>(job, k0, k1);
+      return pack_for<f16>(job, k0, k1);
     case DType::bf16:
-      return pack<bf16>(job, k0, k1);
+      return pack_for<bf16>(job, k0, k1);
   }
 }
 

@@ -1,10 +1,10 @@
 // The crossovers between our kernels and the vendor's GEMM, and relaxed counters of what ran.
 //
-// AVX-512: measured on 2 cores of Zen 4 against torch 2.13 (MKL float32, oneDNN bf16, K = N = 2048
-// and 4096). AMX: on 2 cores of a Xeon, where oneDNN multiplies bf16 in tiles as our kernels do,
-// and ours read W without a copy of it; built without them, ours win only where W is what costs.
-// AVX2: on 2 cores of a Zen without AVX-512, where oneDNN has no bf16 and a bf16 GEMM takes six
-// times as long as a float32 one.
+// AVX-512: measured against torch 2.13 (MKL float32, oneDNN bf16) on 2 cores of Zen 4 (float32, K
+// and N 2048 and 4096) and of Zen 5 (K and N from 384 to 14336). AMX: on 2 cores of a Xeon, where
+// oneDNN multiplies bf16 in tiles as our kernels do, and ours read W without a copy of it; built
+// without them, ours win only where W is what costs. AVX2: on 2 cores of a Zen without AVX-512,
+// where oneDNN has no bf16 and a bf16 GEMM takes six times as long as a float32 one.
 #include "paths.h"
 
 namespace lora_kernels {
@@ -17,19 +17,27 @@ std::atomic<int> g_last{static_cast<int>(Path::vendor)};
 // whose assembler does not know them.
 bool tiled_gemm(Isa isa) { return isa == Isa::avx512bf16 && has_amx(); }
 
+// Whether MKL multiplies float32 with half of the vector units: AVX2 where AVX-512 is as wide.
+bool narrow_mkl(Isa isa) { return isa >= Isa::avx512 && is_zen5(); }
+
 // Whether our own kernels on tiles take every product.
 bool own_tiles(DType dtype, Isa isa) { return isa == Isa::amx && dtype == DType::bf16; }
+
+// Whether our kernels have the dot instruction, and torch's GEMM no more than that.
+bool own_pairs(DType dtype, Isa isa) {
+  return isa == Isa::avx512bf16 && dtype == DType::bf16 && !tiled_gemm(isa);
+}
 
 // The largest M that our streaming kernel takes.
 int64_t stream_rows(DType dtype, Isa isa) {
   if (isa < Isa::avx512) return dtype == DType::f32 ? 2 : 1 << 30;
   switch (dtype) {
     case DType::f32:
-      return isa == Isa::amx ? 16 : 32;
+      return isa == Isa::amx || narrow_mkl(isa) ? 16 : 32;
     case DType::f16:
       return 1 << 30;
     case DType::bf16:
-      return own_tiles(dtype, isa) ? 1 : isa == Isa::avx512bf16 && !tiled_gemm(isa) ? 24 : 4;
+      return own_tiles(dtype, isa) ? 1 : own_pairs(dtype, isa) ? 8 : 4;
   }
   return 0;
 }
@@ -45,16 +53,20 @@ bool panel_wins(int64_t M, int64_t N, int64_t K, int64_t depth, DType dtype, Isa
   if (dtype == DType::f16) return true;
   if (isa < Isa::avx512) return dtype != DType::f32;
   if (own_tiles(dtype, isa)) return true;
-  // One panel of W, 64 columns deep, must stay in L2.
-  if (dtype == DType::f32) return M >= 64 && depth <= 2048;
-  return isa == Isa::avx512bf16 && !tiled_gemm(isa) && M >= 64 && M * N * K <= 40000000;
+  // One panel of W, 64 columns deep, must stay in L2, unless MKL is slow.
+  if (dtype == DType::f32) return M >= 64 && (depth <= 2048 || narrow_mkl(isa));
+  return own_pairs(dtype, isa) && M >= 64 && M * N * K <= 40000000;
 }
 
-// Whether turning x beats the vendor's GEMM and the streaming kernel: for float32 by a fifth from
-// 12 to 128 rows on AVX2, where twelve of the sixteen registers hold sums, and by a third from 17
-// to 32 on the Xeon. Its panels have 16 or 32 rows; few rows leave most of one empty.
-bool turning_wins(int64_t M, DType dtype, Isa isa) {
+// Whether turning x beats the vendor's GEMM and our other kernels. bf16 with the dot instruction:
+// by a quarter to a half up to 64 rows, by less up to 128, where small products are quicker in
+// panels; float32 on Zen 5 by two to three times. float32 on AVX2: by a fifth from 12 to 128 rows,
+// as twelve of the sixteen registers hold sums; on the Xeon by a third from 17 to 32.
+bool turning_wins(int64_t M, int64_t N, int64_t K, DType dtype, Isa isa) {
   if (own_tiles(dtype, isa)) return true;
+  if (own_pairs(dtype, isa) || (dtype == DType::f32 && narrow_mkl(isa))) {
+    return M < 64 || (M <= 128 && M * N * K > 20000000);
+  }
   if (dtype != DType::f32) return false;
   return isa == Isa::avx2 ? M >= 12 && M <= 128 : isa == Isa::amx && M > 16 && M <= 32;
 }
@@ -74,7 +86,7 @@ Path choose_path(int64_t M, int64_t N, int64_t K, DType dtype, Isa isa, bool bac
   if (!backward && !by_columns) {
     if (invariant) return own_tiles(dtype, isa) ? Path::turned : Path::stream;
     if (M * N * K <= tiny || M <= stream_rows(dtype, isa)) return Path::stream;
-    if (turning_wins(M, dtype, isa)) return Path::turned;
+    if (turning_wins(M, N, K, dtype, isa)) return Path::turned;
   } else if (invariant) {
     return Path::panel;
   }

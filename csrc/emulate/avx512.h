@@ -83,6 +83,12 @@ LK_EMULATED __m512i setr_epi64(int64_t a, int64_t b, int64_t c, int64_t d, int64
   return each<I64>([&](int i) { return static_cast<uint64_t>(all[i]); });
 }
 
+LK_EMULATED __m512i broadcast_i32x4(__m128i a) {
+  uint32_t all[4];
+  std::memcpy(all, &a, 16);
+  return each<I32>([&](int i) { return all[i % 4]; });
+}
+
 // Another view of the same bits.
 LK_EMULATED __m512i castps_si512(__m512 a) { return (__m512i)a; }
 LK_EMULATED __m512 castsi512_ps(__m512i a) { return (__m512)a; }

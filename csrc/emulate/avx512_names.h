@@ -14,6 +14,8 @@
 #define _mm512_add_ps ::lora_kernels_emulate::add_ps
 #undef _mm512_and_si512
 #define _mm512_and_si512 ::lora_kernels_emulate::and_si512
+#undef _mm512_broadcast_i32x4
+#define _mm512_broadcast_i32x4 ::lora_kernels_emulate::broadcast_i32x4
 #undef _mm512_castps_si512
 #define _mm512_castps_si512 ::lora_kernels_emulate::castps_si512
 #undef _mm512_castsi512_ps

@@ -33,6 +33,8 @@ Isa best_isa();
 const char* isa_name(Isa isa);
 // Whether CPU and OS give this process AMX's bf16 tiles, which torch's GEMM uses where it can.
 bool has_amx();
+// Whether this is AMD's Zen 5 or newer: vector units of 512 bits.
+bool is_zen5();
 
 // fn(begin, end, context) over disjoint ranges that cover [0, count), each at least `grain` long
 // (but for the last). Serial until a binding injects the framework's thread pool.

@@ -22,6 +22,14 @@ LK_INLINE vb load_pairs_n(const bf16* p, int n) {  // the first n of 32
 LK_INLINE void store_pairs(bf16* p, vb a) { _mm512_storeu_si512(p, a.v); }
 LK_INLINE vb keep(vb a, uint32_t bits) { return {_mm512_maskz_mov_epi16(bits, a.v)}; }
 LK_INLINE vb broadcast_pair(uint32_t pair) { return {_mm512_set1_epi32(static_cast<int>(pair))}; }
+// Four pairs, in each quarter of the vector; the J-th of the four, everywhere.
+LK_INLINE vb broadcast_four(const bf16* p) {
+  return {_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+template <int J>
+LK_INLINE vb pick_pair(vb four) {
+  return {_mm512_shuffle_epi32(four.v, static_cast<_MM_PERM_ENUM>(J * 0x55))};
+}
 // acc[i] += a[2i] * b[2i] + a[2i + 1] * b[2i + 1]; subnormal operands count as zero.
 LK_INLINE vf dot(vb a, vb b, vf acc) {
   return {
