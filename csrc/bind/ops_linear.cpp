@@ -50,11 +50,6 @@ void run(const Shrink& shrink) {
 void update(const Shape& s, const Shrink& shrink, const TensorArg& y, DType y_dtype,
             const TensorArg& b, float scale) {
   const float* h = shrink.task.job.out;
-  if (!shrink.task.by_rows) {
-    run(shrink);
-    expand(s, y, y_dtype, h, s.S * s.R, b, scale);
-    return;
-  }
   const auto tasks = expand_tasks(s, y, y_dtype, h, s.S * s.R, b, scale);
   run_update(shrink.task, shrink.draw ? &*shrink.draw : nullptr, tasks.data(),
              static_cast<int64_t>(tasks.size()));

@@ -63,7 +63,8 @@ constexpr int64_t kDotRows = 6,
                   kDotCols = 8;  // the dot kernel's rows, and a multiple of its columns
 constexpr int64_t kShrinkRows = 24, kTileRows = 32;  // that the row form takes at a time
 constexpr int64_t kAddCols = 64, kAddRows = 6;       // one panel
-constexpr int64_t kGradCols = 64;                    // a multiple of every level's tile
+constexpr int64_t kManyRows = 64;                    // from where rows are split before columns
+constexpr int64_t kGradCols = 128;                   // a multiple of every level's tile
 constexpr int64_t kTurnCols = 48;                    // made together by the turned form
 constexpr int64_t kPackCols = 32;                    // packed together
 constexpr int64_t kL2Elements = 1 << 19;             // of a W that stays in L2
@@ -114,10 +115,12 @@ void shrink_rows(const DotTask& t, const Draw* draw, Range m) {
   LK_RUN(shrink_kernel, on_tiles(t.job), t.job, m.begin, m.end, t.R);
 }
 
-// Few columns: the rows are split as well, and each part packs its columns again.
+// Few columns: the rows are split as well, and each part packs its columns again. An update alone
+// is quickly packed: where there are rows enough they are split, as by run_update.
 void add_part(const AddTask& t, int64_t i, int64_t parts) {
   if (t.M <= 0 || t.N <= 0 || (t.job.accumulate && t.job.update.R + t.job.base.R <= 0)) return;
-  int64_t by_col = least(parts, blocks(t.N, kAddCols));
+  const bool by_rows = t.job.base.R == 0 && t.M >= kManyRows;
+  int64_t by_col = by_rows ? 1 : least(parts, blocks(t.N, kAddCols));
   while (parts % by_col != 0) by_col--;
   const int64_t by_row = parts / by_col;
   const Range m = part(t.M, kAddRows, i / by_col, by_row);
@@ -152,7 +155,9 @@ const void* pack_all(PackJob job, Range m, int slot) {
 
 // Whether threads split the rows of a turned product, not its columns: each packs only its own rows
 // of x, and what is small stays in its own cache. All of them read all of W, so it must be small.
-bool turns_by_rows(const TurnTask& t) { return t.job.M >= 64 && t.N * t.job.K <= kL2Elements; }
+bool turns_by_rows(const TurnTask& t) {
+  return t.job.M >= kManyRows && t.N * t.job.K <= kL2Elements;
+}
 
 struct Scratch {
   void* data = nullptr;
@@ -217,6 +222,11 @@ void run_dots_with_dropout(const DotTask& task, const Draw& draw) {
 }
 
 void run_update(const DotTask& shrink, const Draw* draw, const AddTask* adds, int64_t count) {
+  if (!shrink.by_rows && shrink.M < kManyRows) {
+    draw == nullptr ? run_dots(&shrink, 1) : run_dots_with_dropout(shrink, *draw);
+    run_adds(adds, count);
+    return;
+  }
   int64_t cost = cost_of(shrink);
   for (int64_t t = 0; t < count; t++) cost += cost_of(adds[t]);
   for_parts(cost, [&](int64_t i, int64_t parts) {

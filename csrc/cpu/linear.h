@@ -43,8 +43,8 @@ struct AddTask {
 // Tasks must not share elements of y. One region; threads take ranges of columns.
 void run_adds(const AddTask* tasks, int64_t count);
 
-// A shrink in row form, then the adds that take its result; one region, threads take ranges of
-// rows. `draw` may be null. The rows of the adds are all those of the shrink.
+// A shrink, then the adds that take its result; for many rows one region, whose threads take ranges
+// of them. `draw` may be null. The rows of the adds are all those of the shrink.
 void run_update(const DotTask& shrink, const Draw* draw, const AddTask* adds, int64_t count);
 
 // The N columns of y from rows of x and of h, which are packed on the way: `x` and `h` say where

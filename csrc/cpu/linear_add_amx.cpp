@@ -61,7 +61,7 @@ void write(const AddJob& job, const Block& block, int64_t n0, int cols, const fl
       if (high > 0) hi = add(load_n(y + kLanes, high), hi);
     }
     if (cols == 2 * kLanes) {
-      store_row(y, lo, hi);
+      store_row(y, {lo, hi});
     } else {
       store_row_n(y, lo, hi, cols);
     }

@@ -238,6 +238,14 @@ void add_tile(const AddJob& job, const Rows& rows, int64_t n0, int cols, const f
   for (int m = 0; m < MR; m++) {
     if (m >= rows.count) break;
     TY* y = static_cast<TY*>(job.y) + rows.row[m] * job.y_stride + n0;
+    if (cols == kPanel && bias == nullptr) {
+      if (job.accumulate) {
+        LK_UNROLL
+        for (int v = 0; v < kVectors; v++) acc[m][v] = add(load(y + v * kLanes), acc[m][v]);
+      }
+      store_row(y, acc[m]);
+      continue;
+    }
     LK_UNROLL
     for (int v = 0; v < kVectors; v++) {
       const int left = cols - v * kLanes;

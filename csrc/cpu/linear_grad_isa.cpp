@@ -1,10 +1,12 @@
 // Gradient form: out[r, k] = alpha * sum_m g[m, r] x[m, k], vectors along k.
 //
 // For each tile of kTile columns: blocks of rows of x are widened (and masked, for dropout) into a
-// small buffer once, then every group of RT ranks takes its outer products with it, RT * kVectors
-// accumulators at a time, added to a tile of sums after each block. With bf16 x and a bf16 result
-// the buffer holds pairs of rows (m, m + 1) for the dot instruction and g is rounded once to bf16.
-// A sum runs over m in order in one thread, so the result does not depend on the thread count.
+// small buffer once, then every group of kRanks ranks takes its outer products with it, kSide
+// columns at a time, added to a tile of sums after each block. With bf16 x and a bf16 result the
+// buffer holds pairs of rows (m, m + 1) for the dot instruction and g is rounded once to bf16. A
+// block of x lies in as many places as it has rows, which no hardware fetches ahead, so the
+// products of the block before ask for it. A sum runs over m in order in one thread, so the result
+// does not depend on the thread count.
 #include "linear_jobs.h"
 #include "lora_kernels/simd_pairs.h"
 
@@ -13,12 +15,13 @@ namespace LK_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kVectors = 3, kRanks = 8;
+constexpr int kVectors = 4, kRanks = 4;
 #else
 constexpr int kVectors = 1, kRanks = 4;
 #endif
-constexpr int kTile = kVectors * kLanes;
-constexpr int kBlock = 64;  // rows of x widened at a time
+constexpr int kSide = kVectors * kLanes;         // columns of a product at a time
+constexpr int kTile = kVectors == 1 ? 64 : 128;  // columns packed at a time: whole lines, few pages
+constexpr int kSteps = 48;                       // packed rows in a block
 
 LK_INLINE int clip(int64_t n, int most) { return static_cast<int>(n < most ? n : most); }
 LK_INLINE int64_t row_of(const GradJob& job, int64_t m) { return job.rows ? job.rows[m] : m; }
@@ -50,8 +53,7 @@ struct Single {
     for (int m = 0; m < rows; m++) {
       const int64_t row = row_of(job, m0 + m);
       const TX* x = static_cast<const TX*>(job.x) + row * job.x_stride + k0;
-      LK_UNROLL
-      for (int v = 0; v < kVectors; v++) {
+      for (int v = 0; v < kTile / kLanes; v++) {
         const int left = cols - v * kLanes;
         vf xv = left >= kLanes ? load(x + v * kLanes)
                 : left > 0     ? load_n(x + v * kLanes, left)
@@ -97,9 +99,8 @@ struct Pair {
       const int64_t even = row_of(job, m0 + m);
       const int64_t odd = m + 1 < rows ? row_of(job, m0 + m + 1) : -1;
       float* p = out + m / 2 * kTile;
-      LK_UNROLL
-      for (int v = 0; v < kVectors; v += 2) {
-        const int left = clip(cols - v * kLanes, v + 1 < kVectors ? 32 : kLanes);
+      for (int v = 0; v < kTile / kLanes; v += 2) {
+        const int left = clip(cols - v * kLanes, 2 * kLanes);
         vb a = as_pairs(zero()), b = a, first, last;
         if (left > 0) {
           a = load_x(job, even, k0 + v * kLanes, left);
@@ -107,7 +108,7 @@ struct Pair {
         }
         interleave(a, b, &first, &last);
         store(p + v * kLanes, as_floats(first));
-        if (v + 1 < kVectors) store(p + (v + 1) * kLanes, as_floats(last));
+        store(p + (v + 1) * kLanes, as_floats(last));
       }
     }
   }
@@ -131,10 +132,34 @@ struct Pair {
 };
 #endif
 
-// sums[r0 .. r0 + kRanks)[kTile] += products of `steps` packed rows.
+// Rows of x [m, end) at columns [k, k + cols), which are packed next.
+struct NextBlock {
+  int64_t m, end, k, cols;
+
+  // Asks for kSide columns, from `side` on, of the i-th row.
+  LK_INLINE void fetch(const GradJob& job, int64_t i, int64_t side) const {
+    if (m + i >= end || side >= cols) return;
+    const char* p = element(job.x, row_of(job, m + i) * job.x_stride + k + side, job.x_dtype);
+    for (int64_t at = 0; at < kSide * dtype_size(job.x_dtype); at += 64) {
+      __builtin_prefetch(p + at);
+    }
+  }
+};
+
+NextBlock next_block(const GradJob& job, int64_t m, int64_t rows, int64_t k, int64_t k1) {
+  m += rows;
+  if (m >= job.M) {
+    m = 0;
+    k += kTile;
+  }
+  return {m, k < k1 ? clip(job.M, m + rows) : 0, k, k1 - k};
+}
+
+// sums[kRanks][kSide] += products of `steps` packed rows at columns [side, side + kSide) of the
+// tile, while as many rows of the next block are asked for, one of those of each step, from `from`.
 template <class P>
-void outer_products(const float* g, int64_t ranks, const float* x, int steps, float* sums,
-                    bool first) {
+void outer_products(const GradJob& job, const float* g, int64_t ranks, const float* x, int steps,
+                    int side, float* sums, bool first, const NextBlock& next, int64_t from) {
   vf acc[kRanks][kVectors];
   LK_UNROLL
   for (int r = 0; r < kRanks; r++) {
@@ -142,9 +167,10 @@ void outer_products(const float* g, int64_t ranks, const float* x, int steps, fl
     for (int v = 0; v < kVectors; v++) acc[r][v] = zero();
   }
   for (int m = 0; m < steps; m++) {
+    next.fetch(job, from + m * P::kRows, side);
     typename P::V xv[kVectors];
     LK_UNROLL
-    for (int v = 0; v < kVectors; v++) xv[v] = P::vec(x + m * kTile + v * kLanes);
+    for (int v = 0; v < kVectors; v++) xv[v] = P::vec(x + m * kTile + side + v * kLanes);
     LK_UNROLL
     for (int r = 0; r < kRanks; r++) {
       const typename P::V gv = P::bcast(g + m * ranks + r);
@@ -156,7 +182,7 @@ void outer_products(const float* g, int64_t ranks, const float* x, int steps, fl
   for (int r = 0; r < kRanks; r++) {
     LK_UNROLL
     for (int v = 0; v < kVectors; v++) {
-      float* p = sums + r * kTile + v * kLanes;
+      float* p = sums + r * kTile + side + v * kLanes;
       store(p, first ? acc[r][v] : add(load(p), acc[r][v]));
     }
   }
@@ -190,19 +216,25 @@ void grad_tiles(const GradJob& job, int64_t k0, int64_t k1) {
   const int64_t ranks = (job.R + kRanks - 1) / kRanks * kRanks;
   const int64_t steps = (job.M + P::kRows - 1) / P::kRows;
   // Scratch: packed x, sums, packed g.
-  const int64_t x_size = kBlock * kTile, sums_size = ranks * kTile;
+  const int64_t x_size = kSteps * kTile, sums_size = ranks * kTile;
   float* x = static_cast<float*>(thread_scratch(0, 4 * (x_size + sums_size)));
   float* sums = x + x_size;
   float* g = static_cast<float*>(thread_scratch(1, 4 * steps * ranks));
   P::pack_g(job, ranks, g);
+  constexpr int kRows = kSteps * P::kRows;
   for (int64_t k = k0; k < k1; k += kTile) {
     const int cols = clip(k1 - k, kTile);
-    for (int64_t m = 0; m == 0 || m < job.M; m += kBlock) {
-      const int rows = clip(job.M - m, kBlock);
+    for (int64_t m = 0; m == 0 || m < job.M; m += kRows) {
+      const int rows = clip(job.M - m, kRows), packed = (rows + P::kRows - 1) / P::kRows;
       P::pack_x(job, m, rows, k, cols, x);
-      for (int64_t r = 0; r < ranks; r += kRanks) {
-        outer_products<P>(g + m / P::kRows * ranks + r, ranks, x, (rows + P::kRows - 1) / P::kRows,
-                          sums + r * kTile, m == 0);
+      const NextBlock next = next_block(job, m, kRows, k, k1);
+      for (int side = 0; side < cols; side += kSide) {
+        for (int64_t r = 0; r < ranks; r += kRanks) {
+          // The first groups of ranks share the rows of the next block.
+          const int64_t from = r / kRanks < P::kRows ? r / kRanks : kRows;
+          outer_products<P>(job, g + m / P::kRows * ranks + r, ranks, x, packed, side,
+                            sums + r * kTile, m == 0, next, from);
+        }
       }
     }
     write_tile<TO>(job, sums, k, cols);

@@ -68,7 +68,7 @@ void write(const TurnJob& job, const float* sums, int64_t m0, int rows, int64_t 
       store_n(y, a, clip(cols, kLanes));
       if (cols > kLanes) store_n(y + kLanes, b, cols - kLanes);
     } else if (cols == 2 * kLanes) {
-      store_row(static_cast<bf16*>(job.y) + at, a, b);
+      store_row(static_cast<bf16*>(job.y) + at, {a, b});
     } else {
       store_row_n(static_cast<bf16*>(job.y) + at, a, b, cols);
     }

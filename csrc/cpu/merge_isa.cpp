@@ -82,29 +82,6 @@ LK_INLINE void accumulate(vf acc[kRows][kVecs], const typename Path::Elem* a,
   }
 }
 
-template <class T>
-LK_INLINE void store_row(T* w, const vf u[kVecs]) {
-#pragma GCC unroll 4
-  for (int v = 0; v < kVecs; ++v) store(w + v * kLanes, u[v]);
-}
-#ifdef LK_HAS_BF16_DOT
-// The rounding instruction takes subnormals for zero; vectors that hold one take the long way.
-LK_INLINE void store_row(bf16* w, const vf u[kVecs]) {
-#pragma GCC unroll 2
-  for (int v = 0; v < kVecs; v += 2) {
-    constexpr int kSubnormal = 0x20;
-    const __mmask16 tiny =
-        _mm512_fpclass_ps_mask(u[v].v, kSubnormal) | _mm512_fpclass_ps_mask(u[v + 1].v, kSubnormal);
-    if (__builtin_expect(tiny == 0, 1)) {
-      store_pairs(w + v * kLanes, narrow_pairs(u[v], u[v + 1]));
-    } else {
-      store(w + v * kLanes, u[v]);
-      store(w + (v + 1) * kLanes, u[v + 1]);
-    }
-  }
-}
-#endif
-
 // sum = s * acc, or sum += s * acc.
 template <bool kAdd>
 LK_INLINE void spill(float* sum, const vf acc[kRows][kVecs], vf s) {

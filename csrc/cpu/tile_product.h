@@ -193,18 +193,7 @@ LK_INLINE void multiply(const Rows* rows, const bf16* const* columns, int64_t K)
   if (K % kStep != 0) multiply_step<P, Q>(r0.rest, kTileRowBytes, r1.rest, kTileRowBytes, q0, q1);
 }
 
-LK_INLINE bool has_subnormal(vf v) { return _mm512_fpclass_ps_mask(v.v, 0x20) != 0; }
-
-// 32 numbers, rounded. The rounding instruction is the quick way; it would flush subnormals.
-LK_INLINE void store_row(bf16* p, vf lo, vf hi) {
-  if (has_subnormal(lo) || has_subnormal(hi)) {
-    store(p, lo);
-    store(p + kLanes, hi);
-  } else {
-    store_pairs(p, narrow_pairs(lo, hi));
-  }
-}
-// The first n of them, n <= 32.
+// The first n of 32 numbers, rounded.
 LK_INLINE void store_row_n(bf16* p, vf lo, vf hi, int n) {
   store_n(p, lo, clip(n, kLanes));
   if (n > kLanes) store_n(p + kLanes, hi, n - kLanes);

@@ -1,5 +1,5 @@
 // 32 bf16 lanes as 16 pairs, dotted into 16 float lanes, where the instruction set has that
-// (LK_HAS_BF16_DOT).
+// (LK_HAS_BF16_DOT); and the store of several vectors, which it makes quicker.
 #pragma once
 
 #include "lora_kernels/simd.h"
@@ -50,7 +50,31 @@ LK_INLINE void interleave(vb a, vb b, vb* first, vb* last) {
 }
 LK_INLINE vf as_floats(vb a) { return {_mm512_castsi512_ps(a.v)}; }
 LK_INLINE vb as_pairs(vf a) { return {_mm512_castps_si512(a.v)}; }
+LK_INLINE bool has_subnormal(vf a) { return _mm512_fpclass_ps_mask(a.v, 0x20) != 0; }
 
+#endif
+
+// N vectors, rounded, one after the other.
+template <class T, int N>
+LK_INLINE void store_row(T* p, const vf (&v)[N]) {
+  LK_UNROLL
+  for (int i = 0; i < N; i++) store(p + i * kLanes, v[i]);
+}
+#if LK_HAS_BF16_DOT
+// The rounding instruction takes subnormals for zero; vectors that hold one take the long way.
+template <int N>
+LK_INLINE void store_row(bf16* p, const vf (&v)[N]) {
+  static_assert(N % 2 == 0, "vectors are rounded two at a time");
+  LK_UNROLL
+  for (int i = 0; i < N; i += 2) {
+    if (__builtin_expect(has_subnormal(v[i]) || has_subnormal(v[i + 1]), 0)) {
+      store(p + i * kLanes, v[i]);
+      store(p + (i + 1) * kLanes, v[i + 1]);
+    } else {
+      store_pairs(p + i * kLanes, narrow_pairs(v[i], v[i + 1]));
+    }
+  }
+}
 #endif
 
 }  // namespace LK_ISA
