@@ -64,7 +64,7 @@ constexpr int64_t kDotRows = 6,
 constexpr int64_t kShrinkRows = 24, kTileRows = 32;  // that the row form takes at a time
 constexpr int64_t kAddCols = 64, kAddRows = 6;       // one panel
 constexpr int64_t kManyRows = 64;                    // from where rows are split before columns
-constexpr int64_t kGradCols = 128;                   // a multiple of every level's tile
+constexpr int64_t kGradCols = 64;                    // a multiple of what they load together
 constexpr int64_t kTurnCols = 48;                    // made together by the turned form
 constexpr int64_t kPackCols = 32;                    // packed together
 constexpr int64_t kL2Elements = 1 << 19;             // of a W that stays in L2

@@ -22,7 +22,9 @@ constexpr int kVectors = 4, kRows = 6;
 constexpr int kVectors = 1, kRows = 6;  // twelve ymm accumulators, two of b, one of h
 #endif
 constexpr int kPanel = kVectors * kLanes;
-constexpr int64_t kChunkBytes = 128 << 10;  // packed B kept in L2 while all rows pass over it
+constexpr int64_t kChunkBytes = 256 << 10;  // packed B kept in L2 while all rows pass over it
+
+constexpr int64_t kAheadRows = 16;  // of B that packing asks for early
 
 constexpr int64_t kLongSum = 128;  // a longer sum is made of parts, for a smaller rounding error
 
@@ -95,6 +97,8 @@ struct PairPanel {
         for (int v = 0; v < kVectors; v += 2) {
           const int left = cols - v * kLanes;
           const bf16* p = b + r * f.b_stride + n0 + v * kLanes;
+          __builtin_prefetch(p + kAheadRows * f.b_stride);
+          __builtin_prefetch(p + (kAheadRows + 1) * f.b_stride);
           const vb none = as_pairs(zero());
           const vb even = left > 0 ? load_pairs_n(p, left) : none;
           const vb odd = left > 0 && r + 1 < f.R ? load_pairs_n(p + f.b_stride, left) : none;
@@ -113,6 +117,7 @@ struct PairPanel {
         vf t[16];
         for (int i = 0; i < 16; i++) {
           const int n = v * kLanes + i;
+          __builtin_prefetch(b + (n0 + n + 16) * f.b_stride + r);
           t[i] = n < cols ? as_floats(load_pairs_n(b + (n0 + n) * f.b_stride + r, ranks)) : zero();
         }
         transpose16(t);

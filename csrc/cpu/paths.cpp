@@ -55,7 +55,9 @@ bool panel_wins(int64_t M, int64_t N, int64_t K, int64_t depth, DType dtype, Isa
   if (own_tiles(dtype, isa)) return true;
   // One panel of W, 64 columns deep, must stay in L2, unless MKL is slow.
   if (dtype == DType::f32) return M >= 64 && (depth <= 2048 || narrow_mkl(isa));
-  return own_pairs(dtype, isa) && M >= 64 && M * N * K <= 40000000;
+  if (!own_pairs(dtype, isa)) return false;
+  // Zen 5: few rows do not pay for packing W.
+  return M * N * K <= 40000000 ? M >= 64 : is_zen5() && M >= 384 && depth >= 1024;
 }
 
 // Whether turning x beats the vendor's GEMM and our other kernels. bf16 with the dot instruction:
