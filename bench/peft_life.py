@@ -204,6 +204,25 @@ def experts_forward(tokens):
     return {name: without_grad(lambda model=model: model(x)) for name, model in models.items()}
 
 
+def dora(dtype):
+    """One DoRA layer of 2048 x 2048 on 32 rows."""
+    import peft
+
+    x = torch.randn(32, 2048).to(dtype)
+
+    def layer():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(2048, 2048, bias=False)).to(dtype).eval()
+
+    def make(package):
+        config = package.LoraConfig(r=16, target_modules=["0"], use_dora=True, init_lora_weights=False)
+        return package.get_peft_model(layer(), config).eval()
+
+    models = {"base": layer(), **sides(make), "accelerated": make(peft)}
+    lk.accelerate(models["accelerated"])
+    return {name: without_grad(lambda model=model: model(x)) for name, model in models.items()}
+
+
 def trained_rows():
     ids = torch.randint(0, 30000, (1, 32))
 
@@ -254,6 +273,8 @@ ROWS = {
     "MiniLM, 1 x 32, bfloat16": (lambda: minilm_forward(torch.bfloat16), 1, (faster(1.4),)),
     "MiniLM, mixed batch, 32 rows, 8 adapters": (lambda: minilm_mixed(1), 1, (faster(3),)),
     "MiniLM, mixed batch, 32 x 16 tokens, 8 adapters": (lambda: minilm_mixed(16), 1, (of_the_most(0.75, "base"),)),
+    "DoRA, 2048 x 2048, 32 rows, float32": (lambda: dora(torch.float32), 1, (faster(4),)),
+    "DoRA, 2048 x 2048, 32 rows, bfloat16": (lambda: dora(torch.bfloat16), 1, (faster(4),)),
     "16 experts of 256 x 512, 4 tokens": (lambda: experts_forward(4), 1, (faster(1),)),
     "16 experts of 256 x 512, 64 tokens": (lambda: experts_forward(64), 1, (faster(1),)),
     "100 trained rows of embedding and head, 30000 x 384, 32 tokens": (trained_rows, 1, (faster(1),)),

@@ -3,8 +3,8 @@
     python bench/peft_models.py [--json FILE] [--seconds S] [--only CASE ...] [--threads N] [--cpu-time]
 
 Every figure is a best of many calls, the contenders taking turns in one process. The model is that of the demo;
-``base`` is the encoder without adapters; ``dora`` is one layer. ``peak`` is the memory that merge_and_unload adds,
-beside one layer's adapters and beside the model.
+``base`` is the encoder without adapters. ``peak`` is the memory that merge_and_unload adds, beside one layer's adapters
+and beside the model.
 """
 
 import argparse
@@ -123,20 +123,7 @@ def allocated(call):
     return top
 
 
-def dora(dtype, seconds):
-    """One DoRA layer of 2048 x 2048 on 32 rows."""
-    base = torch.nn.Sequential(torch.nn.Linear(2048, 2048)).to(dtype)
-    options = {"r": RANK, "target_modules": ["0"], "use_dora": True, "init_lora_weights": False}
-    theirs, ours = (m.get_peft_model(copy.deepcopy(base), m.LoraConfig(**options)).eval() for m in (peft, lk))
-    turned = copy.deepcopy(theirs)
-    lk.accelerate(turned)
-    x = torch.randn(32, 2048).to(dtype)
-    models = {"base": base, "peft": theirs, "accelerated": turned, "ours": ours}
-    with torch.inference_mode():
-        return best({name: lambda m=m: m(x) for name, m in models.items()}, seconds)
-
-
-CASES = {"forward": forward, "dora": dora, "rows": rows, "merging": merging, "peak": peak}
+CASES = {"forward": forward, "rows": rows, "merging": merging, "peak": peak}
 
 
 def main():
