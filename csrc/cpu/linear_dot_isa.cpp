@@ -48,7 +48,12 @@ struct Step<bf16, bf16> {
 #endif
 
 constexpr int64_t kLongSum = 8192, kSumPart = 2048;  // a longer sum of the shrink is made of parts
-constexpr int64_t kPrefetch = 512;                   // bytes ahead in the streamed operand
+
+#if defined(__AVX512F__)
+constexpr int64_t kPrefetch = 2048;  // bytes ahead in the streamed operand
+#else
+constexpr int64_t kPrefetch = 512;
+#endif
 
 // `next` is the distance from w[n] to the row that the following tile puts in its place: near the
 // end of K the prefetch moves on to it.
@@ -261,9 +266,10 @@ void dot_typed(const DotJob& job, int64_t m0, int64_t m1, int64_t j0, int64_t j1
   }
 }
 
+// For one or two rows of x memory is all that counts: one row of w after the other is read fastest.
 template <class T, int MR, class TB>
 LK_INLINE void base_rows(const BaseJob& job, int64_t m0, int rows, int64_t n0, int64_t n1) {
-  constexpr int NR = cols_for<MR>();
+  constexpr int NR = kWide == 24 && MR <= 2 ? 1 : cols_for<MR>();
   for (int64_t n = n0; n < n1; n += NR) {
     base_tile<T, T, MR, NR, TB>(job, m0, rows, n, static_cast<int>(n1 - n < NR ? n1 - n : NR));
   }
