@@ -1,6 +1,6 @@
 """The cost of adapters' life against peft: layers in use, choosing, wrapping, loading and mixed batches.
 
-    python bench/peft_life.py --json bench/results/peft_life.json [--seconds 2] [--only mixed]
+    python bench/peft_life.py --json bench/results/peft_life_avx512.json [--seconds 2] [--only mixed]
 
 Every row times the base model (where it has one), peft and this package in turns in one run, so that all see the same
 machine; the figures to compare are the ratios.
