@@ -24,6 +24,8 @@ constexpr int kTile = kVectors == 1 ? 64 : 128;  // columns packed at a time: wh
 constexpr int kSteps = 48;                       // packed rows in a block
 
 LK_INLINE int clip(int64_t n, int most) { return static_cast<int>(n < most ? n : most); }
+// Of `cols` columns, with those of zeros that complete a product.
+LK_INLINE int padded(int cols) { return (cols + kSide - 1) / kSide * kSide; }
 LK_INLINE int64_t row_of(const GradJob& job, int64_t m) { return job.rows ? job.rows[m] : m; }
 
 // Mask bits of columns [k, k + n), k a multiple of 8.
@@ -53,7 +55,7 @@ struct Single {
     for (int m = 0; m < rows; m++) {
       const int64_t row = row_of(job, m0 + m);
       const TX* x = static_cast<const TX*>(job.x) + row * job.x_stride + k0;
-      for (int v = 0; v < kTile / kLanes; v++) {
+      for (int v = 0; v * kLanes < padded(cols); v++) {
         const int left = cols - v * kLanes;
         vf xv = left >= kLanes ? load(x + v * kLanes)
                 : left > 0     ? load_n(x + v * kLanes, left)
@@ -99,7 +101,7 @@ struct Pair {
       const int64_t even = row_of(job, m0 + m);
       const int64_t odd = m + 1 < rows ? row_of(job, m0 + m + 1) : -1;
       float* p = out + m / 2 * kTile;
-      for (int v = 0; v < kTile / kLanes; v += 2) {
+      for (int v = 0; v * kLanes < padded(cols); v += 2) {
         const int left = clip(cols - v * kLanes, 2 * kLanes);
         vb a = as_pairs(zero()), b = a, first, last;
         if (left > 0) {
