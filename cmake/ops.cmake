@@ -23,7 +23,7 @@ endfunction()
 foreach(isa ${LK_ISAS})
   lk_add_level(${isa} ${isa_sources})
 endforeach()
-if(DEFINED LK_FLAGS_amx)
+if(DEFINED LK_FLAGS_amx AND amx_sources)
   lk_add_level(amx ${amx_sources})
 endif()
 
