@@ -85,10 +85,13 @@ wheel: $(READY)  ## build dist/*.whl with the native parts of this machine
 	rm -rf build/lib.* build/bdist.*
 	$(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
-abi: $(READY)  ## run the ops compiled here under the oldest torch that is supported
-	$(call say,Running these very objects under $(OLDEST_TORCH))
+abi: $(READY)  ## compile with the oldest torch that is supported, and run the ops compiled here under it
 	test -x .venv-abi/bin/python || $(PYTHON) -m venv .venv-abi
 	.venv-abi/bin/python -m pip install -q "$(OLDEST_TORCH)" numpy safetensors pytest pytest-timeout hypothesis
+	$(call say,Compiling with the headers of $(OLDEST_TORCH))
+	LORA_KERNELS_TORCH_DIR=$$(.venv-abi/bin/python -c "import torch; print(torch.__path__[0])") \
+	  $(PY) -c "from pathlib import Path; from build_support import native; native.build(Path.cwd())"
+	$(call say,Running the objects of this checkout under $(OLDEST_TORCH))
 	PYTHONPATH=$(CURDIR) .venv-abi/bin/python -m pytest tests/build/test_native.py tests/ops $(PYTEST_ARGS)
 
 avx512: $(READY)  ## test the AVX-512 and AMX kernels on a CPU with AVX2, the instructions emulated

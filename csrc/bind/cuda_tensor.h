@@ -77,7 +77,7 @@ void on_stream(const char* op, const Tensor& tensor, const Launch& launch) {
   const int32_t device = tensor.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
 #endif
   const char* error = launch(device, stream);
   STD_TORCH_CHECK(error == nullptr, op, " on CUDA device ", device, ": ", error ? error : "");

@@ -17,7 +17,8 @@
 
 namespace lora_kernels {
 
-#define LK_ABI(call) STABLE_TORCH_ERROR_CODE_CHECK(call)
+// Not the STABLE_ one: headers of torch before 2.13 lack it.
+#define LK_ABI(call) TORCH_ERROR_CODE_CHECK(call)
 
 // An owned tensor. Its metadata is there after read(), which refuses another device; taking the
 // arguments of a call and reading them are two steps, so that a refusal leaks none of them.
