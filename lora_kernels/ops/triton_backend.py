@@ -27,6 +27,7 @@ MODULES = (
     "dora.triton",
 )
 OLDEST = (3, 6)
+OLDEST_INTERPRETER = (3, 7, 1)  # the first one that runs with numpy 2.4 and newer
 OLDEST_CAPABILITY = (8, 0)
 
 
@@ -36,17 +37,30 @@ def interpreted():
     return host.INTERPRETED if host else os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _version(package):
+    """As text, and as numbers."""
+    try:
+        text = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        text = importlib.import_module(package).__version__
+    return text, tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+
+
 @functools.cache
 def _package_problem():
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'triton>=3.6')"
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        version = importlib.import_module("triton").__version__
-    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    version, found = _version("triton")
     if found < OLDEST:
         return f"triton {version} is too old, {'.'.join(map(str, OLDEST))} or newer is needed"
+    return None
+
+
+@functools.cache
+def _interpreter_problem():
+    (version, found), (numpy, of_numpy) = _version("triton"), _version("numpy")
+    if found < OLDEST_INTERPRETER and of_numpy >= (2, 4):
+        return f"the interpreter of triton {version} fails with numpy {numpy}: numpy<2.4 or triton>=3.7.1 is needed"
     return None
 
 
@@ -54,7 +68,7 @@ def problem():
     """Why the Triton kernels can not run here; None when they can. Imports nothing."""
     reason = _package_problem()
     if reason or interpreted():
-        return reason
+        return reason or _interpreter_problem()
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA support"
     if not torch.cuda.is_available():

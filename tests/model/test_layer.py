@@ -345,10 +345,12 @@ def test_embedding(dtype, padding_idx):
     weight = layer.weight.clone()
     layer.merge()
     close(layer(ids), expected, dtype)
+    # What the merge rounded stays, and what comes back is rounded once more.
+    lost = torch.finfo(dtype).eps * (layer.weight.double().abs() + weight.double().abs()) + 1e-6
     layer.enable_adapters(False)
-    close(layer(ids), weight[ids].double(), dtype)
+    assert ((layer(ids).double() - weight[ids]).abs() <= lost[ids]).all()
     layer.unmerge()
-    close(layer.weight, weight.double(), dtype)
+    assert ((layer.weight.double() - weight).abs() <= lost).all()
     assert list(layer.state_dict()) == [
         "base_layer.weight",
         "lora_embedding_A.default",
