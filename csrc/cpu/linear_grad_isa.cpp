@@ -23,7 +23,6 @@ constexpr int kSide = kVectors * kLanes;         // columns of a product at a ti
 constexpr int kTile = kVectors == 1 ? 64 : 128;  // columns packed at a time: whole lines, few pages
 constexpr int kSteps = 48;                       // packed rows in a block
 
-LK_INLINE int clip(int64_t n, int most) { return static_cast<int>(n < most ? n : most); }
 // Of `cols` columns, with those of zeros that complete a product.
 LK_INLINE int padded(int cols) { return (cols + kSide - 1) / kSide * kSide; }
 LK_INLINE int64_t row_of(const GradJob& job, int64_t m) { return job.rows ? job.rows[m] : m; }

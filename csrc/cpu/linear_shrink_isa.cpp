@@ -23,8 +23,6 @@ constexpr int kRows = 6;  // twelve ymm accumulators, two of a, one of x
 #endif
 constexpr int64_t kBlock = 128, kBlockRows = 24;
 
-LK_INLINE int clip(int64_t n, int64_t most) { return static_cast<int>(n < most ? n : most); }
-
 // a (R, K) as [ceil(R / 16)][K][16], the ranks that are missing as zeros.
 template <class TA>
 void turn(const DotJob& job, int64_t R, float* panels) {

@@ -21,7 +21,6 @@ namespace lora_kernels {
 namespace LK_ISA {
 
 LK_INLINE int64_t steps_of(int64_t K) { return (K + kStep - 1) / kStep; }
-LK_INLINE int clip(int64_t n, int64_t most) { return static_cast<int>(n < most ? n : most); }
 LK_INLINE int64_t whole(int64_t n, int64_t size) { return (n + size - 1) / size * size; }
 
 // Sixteen rows of the first operand: whole steps `next` numbers apart, and the padded rest.

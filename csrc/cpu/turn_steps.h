@@ -13,8 +13,6 @@ namespace LK_ISA {
 
 constexpr int64_t kBlock = kTurnBlock;
 
-LK_INLINE int clip(int64_t n, int64_t most) { return static_cast<int>(n < most ? n : most); }
-
 // What both have: W, the type of w; kSize, numbers of k in a step; wide(V), rows of w that meet V
 // panels at a time, as the registers allow; kHoldsX, whether these hold a step of x while rows of w
 // come, or the other way round; kLine, steps between two calls of fetch(); a Row of w and the

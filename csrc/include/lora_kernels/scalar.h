@@ -12,6 +12,8 @@
 
 namespace lora_kernels {
 
+LK_INLINE int clip(int64_t n, int64_t most) { return static_cast<int>(n < most ? n : most); }
+
 LK_INLINE uint32_t float_bits(float x) {
   uint32_t u;
   std::memcpy(&u, &x, 4);
