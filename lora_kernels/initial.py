@@ -65,6 +65,25 @@ def _orthogonal(a, b):
     b.copy_(torch.randn(half, b.shape[0]).T.mm(q[1::2]) / 10.0)
 
 
+def leading_part(matrix, r, scale, kind):
+    """What PiSSA or OLoRA start from: ``a (r, in)`` and ``b (out, r)`` of ``matrix (out, in)``, in its dtype.
+
+    ``scale · b a`` is the part of the matrix that the adapter stands for. ``kind``: "olora", "pissa", or
+    "pissa_niter_[number]", which draws from torch's generator.
+    """
+    if kind == "olora":
+        q, upper = torch.linalg.qr(matrix)
+        return upper[:r].contiguous(), q[:, :r].contiguous()
+    if kind == "pissa":
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        u, s, vh = u[:, :r], s[:r], vh[:r]
+    else:
+        u, s, v = torch.svd_lowrank(matrix, r, niter=int(kind.rpartition("_")[2]))
+        vh = v.t()
+    root = torch.diag(torch.sqrt(s / scale))
+    return root @ vh, u @ root
+
+
 @torch.no_grad()
 def _from_weight(layer, name, kind):
     weight = layer._plain_weight()
@@ -75,18 +94,7 @@ def _from_weight(layer, name, kind):
     stored_transposed = layer.stored_transposed
     matrix = (weight.t() if stored_transposed else weight).to(torch.float32)
     r, scale = layer.r[name], layer.scaling[name]
-    if kind == "olora":
-        q, upper = torch.linalg.qr(matrix)
-        a, b = upper[:r].contiguous(), q[:, :r].contiguous()
-    else:
-        if kind == "pissa":
-            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-            u, s, vh = u[:, :r], s[:r], vh[:r]
-        else:
-            u, s, v = torch.svd_lowrank(matrix, r, niter=int(kind.rpartition("_")[2]))
-            vh = v.t()
-        root = torch.diag(torch.sqrt(s / scale))
-        a, b = root @ vh, u @ root
+    a, b = leading_part(matrix, r, scale, kind)
     rest = (matrix - scale * b @ a).to(weight.dtype)
     if not layer.lora_A[name].weight.is_meta:
         layer.lora_A[name].weight.data.copy_(a)

@@ -1,7 +1,8 @@
 """An adapter as the merge needs it: factors and scaling of each module, and the tensors it holds in full.
 
 Fields of ``adapter_config.json`` that ``LoraConfig`` refuses but a merge can honour (DoRA, ``lora_bias``) are read
-here; features whose update is no plain ``W + ΔW`` are refused by name.
+here; features whose update is no plain ``W + ΔW`` are refused by name. The factors of bare parameters
+(``target_parameters``) are kept by the module that has them: which parameter each is for, the checkpoint has to tell.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import torch
 
 from ..config import CONFIG_NAME, LoraConfig
 from ..io.checkpoint import CheckpointError, load_tensors
-from ..targeting import pattern_value
+from ..targeting import is_target, pattern_value
 
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"^(?P<path>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|"
@@ -24,11 +25,19 @@ _FOREIGN = re.compile(r"\.(lora_diag|lora_velora_embed|trainable_tokens_\w+|lora
 # Trained at start or end only: the saved adapter is an ordinary one.
 _INERT = ("eva_config", "loftq_config", "megatron_config", "megatron_core", "qalora_group_size")
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+_FROM_WEIGHT = ("pissa", "olora")
+WAY_AROUND = (
+    "save it as a plain LoRA adapter (save_pretrained with path_initial_model_for_weight_conversion) and merge that"
+)
 
 
 @dataclass
 class Module:
-    """The factors of one module: ``b`` (out, rank) times ``a`` (rank, in), as PEFT names and shapes them."""
+    """The factors of one module: ``b`` (out, rank) times ``a`` (rank, in), as PEFT names and shapes them.
+
+    ``names``: of a bare parameter, those that it may have; its ranks are then those of all experts, and the scaling is
+    for :func:`rank_and_scaling` to tell.
+    """
 
     path: str
     a: torch.Tensor = None
@@ -37,6 +46,7 @@ class Module:
     magnitude: torch.Tensor = None
     is_embedding: bool = False
     scaling: float = 0.0
+    names: tuple = ()
 
     @property
     def rank(self):
@@ -47,7 +57,9 @@ class Module:
 class Adapter:
     """``modules``: path -> Module. ``full``: name of a tensor of the model -> (tensor, key in the adapter's file).
 
-    ``rows``: path of a module -> the rows of its weight that are replaced, number -> tensor.
+    ``rows``: path of a module -> the rows of its weight that are replaced, number -> tensor. ``parameters``: path of a
+    module -> a Module for each of its parameters, by depth, the outermost (0) being that of the one registered last.
+    ``start``: "pissa", "olora", or None where the adapter left the weight as it was when it was made.
     """
 
     directory: str
@@ -57,6 +69,8 @@ class Adapter:
     modules: dict = field(default_factory=dict)
     full: dict = field(default_factory=dict)
     rows: dict = field(default_factory=dict)
+    parameters: dict = field(default_factory=dict)
+    start: str = None
     nbytes: int = 0
     dtypes: tuple = ()
 
@@ -77,7 +91,9 @@ def read_adapter(directory, weight=1.0, check=True):
     tensors = load_tensors(directory)
     if not tensors:
         raise CheckpointError(f"{directory}: the adapter holds no tensors")
-    adapter = Adapter(directory, config, bool(values.get("use_dora")), weight)
+    init = values.get("init_lora_weights")
+    start = init.lower() if isinstance(init, str) and init.lower() in _FROM_WEIGHT else None
+    adapter = Adapter(directory, config, bool(values.get("use_dora")), weight, start=start)
     adapter.nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
     adapter.dtypes = tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))
     problems = []
@@ -89,6 +105,8 @@ def read_adapter(directory, weight=1.0, check=True):
             problems.append(f"{key}: {problem}")
     for module in adapter.modules.values():
         problems += _finish(adapter, module)
+    for layers in adapter.parameters.values():
+        problems += _finish_parameters(layers)
     if problems:
         raise CheckpointError(f"{directory}: {'; '.join(problems[:8])}{more(problems)}")
     return adapter
@@ -104,23 +122,24 @@ def _read_config(directory):
         raise CheckpointError(f"ADAPTER_DIR: no {CONFIG_NAME} in {directory}")
     try:
         values = LoraConfig.from_json_file(path)
-        init = values.get("init_lora_weights", True)
-        if init not in _PLAIN_INITS:
-            raise NotImplementedError(
-                f"init_lora_weights={init!r} changes the base weights that the adapter is relative to; save it with "
-                "peft's path_initial_model_for_weight_conversion and merge that"
-            )
-        if values.get("target_parameters"):
-            raise NotImplementedError(
-                f"target_parameters={values['target_parameters']!r} can not be merged on disk; merge them in the model "
-                "(merge_and_unload)"
-            )
+        _check_init(values.get("init_lora_weights", True))
         dropped = {*_INERT, "use_dora", "lora_bias", "init_lora_weights"}
         if "peft_type" not in values:
             raise ValueError("expected the key 'peft_type'")
         return LoraConfig.from_dict({k: v for k, v in values.items() if k not in dropped}), values
     except (ValueError, TypeError, NotImplementedError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _check_init(init):
+    """NotImplementedError where what the adapter took out of the weight can not be found again."""
+    kind = init.lower() if isinstance(init, str) else init
+    if kind in (*_PLAIN_INITS, *_FROM_WEIGHT):
+        return
+    reason = "changes the base weights that the adapter is relative to"
+    if isinstance(kind, str) and kind.startswith("pissa_niter_"):
+        reason = "took a part out of the base weights that depends on random numbers, and no checkpoint has their seed"
+    raise NotImplementedError(f"init_lora_weights={init!r} {reason}; {WAY_AROUND}")
 
 
 def _place(adapter, key, tensor):
@@ -138,11 +157,21 @@ def _place(adapter, key, tensor):
         adapter.full[name.replace(".token_adapter.", ".").replace(".base_layer.", ".")] = (tensor, key)
         return None
     path, kind = match.group("path"), match.group("kind")
-    if ".base_layer" in path:
-        return "factors of a nested base_layer (nn.MultiheadAttention, target_parameters) can not be merged on disk"
+    depth = 0
+    while path.endswith(".base_layer"):
+        path, depth = path.removesuffix(".base_layer"), depth + 1
+    path = path.replace(".base_layer.", ".") if adapter.config.target_parameters else path
+    names = parameter_names(adapter.config, path)
+    if ".base_layer" in path or (depth and not names):
+        return "factors of a nested base_layer (nn.MultiheadAttention) can not be merged on disk"
     if not tensor.is_floating_point():
         return f"expected a floating dtype, got {tensor.dtype}"
-    module = adapter.modules.setdefault(path, Module(path))
+    if names and kind not in ("lora_A.weight", "lora_B.weight"):
+        return f"{kind} of a bare parameter (target_parameters) can not be merged"
+    if names:
+        module = adapter.parameters.setdefault(path, {}).setdefault(depth, Module(path, names=names))
+    else:
+        module = adapter.modules.setdefault(path, Module(path))
     if kind.startswith("lora_magnitude_vector"):
         module.magnitude = tensor.reshape(-1)
         return None
@@ -175,18 +204,48 @@ def _place_rows(adapter, path, tensor):
     return None
 
 
-def _finish(adapter, module):
-    """Checks that the parts of a module fit each other and the config; sets its scaling."""
-    path, config = module.path, adapter.config
+def parameter_names(config, path):
+    """Names of the parameters of the module ``path`` that ``target_parameters`` may mean, in full.
+
+    None of a module that has an adapter itself: a name without its module would fit everywhere.
+    """
+    wanted = [] if is_target(config, path) else config.target_parameters or []
+    names = [(f"{path}.{entry.rpartition('.')[2]}", entry) for entry in wanted]
+    return tuple(dict.fromkeys(name for name, entry in names if f".{name}".endswith(f".{entry}")))
+
+
+def rank_and_scaling(config, name):
+    """Of a module or a parameter, by its name."""
+    rank = pattern_value(config.rank_pattern, name, config.r)
+    alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _finish_parameters(layers):
+    """Checks the parameters of one module; which of their names each has is not known yet."""
+    path, names = next((m.path, m.names) for m in layers.values())
+    if sorted(layers) != list(range(len(layers))) or len(layers) > len(names):
+        return [f"{path}: expected the factors of at most {len(names)} parameters, one around another, got "
+                f"{len(layers)} at the depths {sorted(layers)}"]  # fmt: skip
+    return [problem for module in layers.values() for problem in _unpaired(module)]
+
+
+def _unpaired(module):
     for name, value in (("lora_A", module.a), ("lora_B", module.b)):
         if value is None:
-            return [f"{path}: {name} is missing"]
-    rank = pattern_value(config.rank_pattern, path, config.r)
-    alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
-    problems = []
+            return [f"{module.path}: {name} is missing"]
     if module.a.shape[0] != module.b.shape[1]:
-        problems.append(f"{path}: lora_A has rank {module.a.shape[0]}, lora_B {module.b.shape[1]}")
-    elif module.a.shape[0] != rank:
+        return [f"{module.path}: lora_A has rank {module.a.shape[0]}, lora_B {module.b.shape[1]}"]
+    return []
+
+
+def _finish(adapter, module):
+    """Checks that the parts of a module fit each other and the config; sets its scaling."""
+    path, problems = module.path, _unpaired(module)
+    if module.a is None or module.b is None:
+        return problems
+    rank, module.scaling = rank_and_scaling(adapter.config, path)
+    if not problems and module.a.shape[0] != rank:
         problems.append(f"{path}: expected rank {rank} (r or rank_pattern), got {module.a.shape[0]}")
     if module.magnitude is not None and not adapter.use_dora:
         problems.append(f"{path}: lora_magnitude_vector, but use_dora is false")
@@ -195,7 +254,6 @@ def _finish(adapter, module):
     if module.magnitude is not None and module.magnitude.shape[0] != module.b.shape[0]:
         problems.append(f"{path}: lora_magnitude_vector has {module.magnitude.shape[0]} elements, lora_B "
                         f"{module.b.shape[0]} rows")  # fmt: skip
-    module.scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
     return problems
 
 

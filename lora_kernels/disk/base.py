@@ -6,6 +6,7 @@ offsets) and the tensors' bytes. Nothing but headers is read here.
 
 import glob
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass, field
@@ -26,7 +27,10 @@ _MAX_HEADER = 100_000_000
 
 @dataclass
 class TensorInfo:
-    """One tensor of the checkpoint: bytes ``start`` to ``stop`` of the file ``shard``."""
+    """One tensor of the checkpoint: bytes ``start`` to ``stop`` of the file ``shard``.
+
+    ``stack``: matrices one below the other, not one matrix of long rows.
+    """
 
     name: str
     dtype: str
@@ -34,6 +38,7 @@ class TensorInfo:
     start: int
     stop: int
     shard: str
+    stack: bool = False
 
     @property
     def nbytes(self):
@@ -46,16 +51,16 @@ class TensorInfo:
     @property
     def matrix(self):
         """(rows, columns) of the tensor as stored, one row after the other."""
-        rows = self.shape[0] if self.shape else 1
-        size = 1
-        for length in self.shape[1:]:
-            size *= length
-        return rows, size
+        lead = len(self.shape) - 1 if self.stack else 1
+        return math.prod(self.shape[:lead]), math.prod(self.shape[lead:])
 
 
 @dataclass
 class Base:
-    """``shards``: file name -> size in bytes. ``tensors``: name -> TensorInfo. ``sidecars``: files to copy."""
+    """``shards``: file name -> size in bytes. ``tensors``: name -> TensorInfo. ``sidecars``: files to copy.
+
+    ``tied``, ``model_types``: what ``config.json`` says, if it is there.
+    """
 
     directory: str
     shards: dict = field(default_factory=dict)
@@ -63,6 +68,7 @@ class Base:
     sidecars: list = field(default_factory=list)
     left_out: list = field(default_factory=list)
     tied: bool = False
+    model_types: tuple = ()
 
     def path(self, name):
         return os.path.join(self.directory, name)
@@ -82,7 +88,8 @@ def open_base(directory):
     if not os.path.isdir(directory):
         raise CheckpointError(f"BASE_DIR: no such folder: {directory}")
     names, index = _shard_names(directory)
-    base = Base(directory, tied=_is_tied(directory))
+    base = Base(directory)
+    _read_config(base)
     for name in names:
         path = base.path(name)
         if not os.path.isfile(path):
@@ -177,12 +184,14 @@ def _read_json(path):
     return values
 
 
-def _is_tied(directory):
-    path = os.path.join(directory, "config.json")
+def _read_config(base):
+    path = base.path("config.json")
     values = _read_json(path) if os.path.isfile(path) else {}
     text = values.get("text_config")
-    nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    return bool(values.get("tie_word_embeddings", True if nested is None else nested))
+    text = text if isinstance(text, dict) else {}
+    base.model_types = tuple(part["model_type"] for part in (values, text) if "model_type" in part)
+    nested = text.get("tie_word_embeddings")
+    base.tied = bool(values.get("tie_word_embeddings", True if nested is None else nested))
 
 
 def _list_sidecars(base, index):

@@ -5,29 +5,65 @@ of the ranks and rounded once.
 """
 
 import itertools
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from .. import ops
 from ..io.checkpoint import CheckpointError
+from .start import from_original
+
+
+@dataclass
+class Term:
+    """``scale · left · right`` added to rows ``row``… With ``magnitude``, DoRA's rescaling by ``weight``.
+
+    ``start``: None, or (kind, scaling) of an adapter that took a part of these rows out of them when it was made.
+    """
+
+    row: int
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+    weight: float = 1.0
+    magnitude: torch.Tensor = None
+    transposed: bool = False  # the weight is: ``left`` is Aᵀ, and a magnitude belongs to columns
+    start: tuple = None
+
+    @property
+    def stop(self):
+        return self.row + self.left.shape[0]
+
+
+@dataclass
+class Edit:
+    """What is done to one tensor: ``replacement``, then ``rows`` (number -> row; both of its dtype) or ``terms``."""
+
+    replacement: torch.Tensor = None
+    replaced_by: str = ""
+    rows: dict = field(default_factory=dict)
+    terms: list[Term] = field(default_factory=list)
 
 
 class TensorEdit:
-    """An :class:`~.plan.Edit` made ready for the blocks of a tensor.
+    """An :class:`Edit` made ready for the blocks of a tensor; ``terms`` are then relative to the original rows.
 
     Args:
         info: TensorInfo of the tensor.
         edit: Edit.
-        read: (first row, rows) -> tensor of the original rows; DoRA on a transposed weight reads all of them once.
+        read: (first row, rows) -> tensor of the original rows; DoRA on a transposed weight reads all of them once, and
+            so does an adapter that started from them.
     """
 
     def __init__(self, info, edit, read, block_rows):
         self.info, self.replacement, self.rows = info, edit.replacement, edit.rows
+        terms = [from_original(term, info, read, block_rows) for term in edit.terms]
+        self.terms = [replace(term, right=term.right.contiguous()) for term in terms]
         self._norms = {}
-        for i, term in enumerate(edit.terms):
-            if term.magnitude is not None and term.by_column:
+        for i, term in enumerate(self.terms):
+            if term.magnitude is not None and term.transposed:
                 self._norms[i] = self._column_norms(term, read, block_rows)
-        self._spans = _spans(edit.terms)
+        self._spans = _spans(self.terms)
 
     def base_rows(self, rows, row):
         """The rows before the terms: the original ones, or those that replace them. ``rows`` is written."""
@@ -75,7 +111,7 @@ class TensorEdit:
                 continue
             update += base
             magnitude = term.magnitude.float()
-            if term.by_column:
+            if term.transposed:
                 factor = magnitude / self._norms[i]
             else:
                 norms = torch.linalg.vector_norm(update, dim=1, dtype=torch.float64).float()

@@ -8,14 +8,33 @@ import sys
 import torch
 
 from ..io.checkpoint import CheckpointError
-from .adapter import read_adapter
+from ..layers.parameter import stacks
+from .adapter import rank_and_scaling, read_adapter
 
 
-def update_norm(module):
-    """‖scaling · B A‖, Frobenius, from two (rank, rank) matrices: the update itself is never built."""
-    a, b = module.a.double(), module.b.double()
-    squared = ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0)
-    return abs(module.scaling) * squared.sqrt().item()
+def update_norm(a, b, scaling):
+    """‖scaling · B A‖, Frobenius, of a matrix or a stack, from (rank, rank) matrices: the update is never built."""
+    a, b = a.double(), b.double()
+    squared = ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0)
+    return abs(scaling) * squared.sqrt().item()
+
+
+def _sizes(adapter, module):
+    """Rank, scaling and norm of the update; None where the parameters that a module may be for differ in them."""
+    if not module.names:
+        return module.rank, module.scaling, update_norm(module.a, module.b, module.scaling)
+    settings = {rank_and_scaling(adapter.config, name) for name in module.names}
+    rank, scaling = settings.pop() if len(settings) == 1 else (None, None)
+    if rank is None or module.rank % rank:
+        return None, None, None
+    b, a = stacks(module.a, module.b, module.rank // rank)
+    return rank, scaling, update_norm(a, b, scaling)
+
+
+def _kind(module):
+    if module.names:
+        return "parameter"
+    return "embedding" if module.is_embedding else "dora" if module.magnitude is not None else "lora"
 
 
 def describe(directory):
@@ -27,18 +46,20 @@ def describe(directory):
     adapter = read_adapter(directory, check=False)
     config = adapter.config
     modules = []
-    for path, module in sorted(adapter.modules.items(), key=lambda item: _natural(item[0])):
+    every = [*adapter.modules.values(), *(m for layers in adapter.parameters.values() for m in layers.values())]
+    for module in sorted(every, key=lambda m: _natural(m.path)):
         parts = [module.a, module.b, module.b_bias, module.magnitude]
-        norm = update_norm(module)
+        rank, scaling, norm = _sizes(adapter, module)
         modules.append(
             {
-                "module": path,
-                "kind": "embedding" if module.is_embedding else "dora" if module.magnitude is not None else "lora",
+                "module": module.path,
+                "kind": _kind(module),
+                "parameters_named": [name.rpartition(".")[2] for name in module.names],
                 "out_features": module.b.shape[0],
                 "in_features": module.a.shape[1],
-                "rank": module.rank,
-                "scaling": module.scaling,
-                "update_norm": norm if norm - norm == 0 else None,
+                "rank": rank,
+                "scaling": scaling,
+                "update_norm": norm if norm is not None and norm - norm == 0 else None,
                 "finite": all(bool(t.isfinite().all()) for t in parts if t is not None),
                 "dtype": str(module.a.dtype).removeprefix("torch."),
                 "parameters": sum(t.numel() for t in parts if t is not None),
@@ -64,7 +85,8 @@ def describe(directory):
         "fan_in_fan_out": config.fan_in_fan_out,
         "bias": config.bias,
         "modules_to_save": config.modules_to_save,
-        "ranks": sorted({m["rank"] for m in modules}),
+        "start": adapter.start,
+        "ranks": sorted({m["rank"] for m in modules if m["rank"] is not None}),
         "dtypes": list(adapter.dtypes),
         "bytes": adapter.nbytes,
         "parameters": sum(m["parameters"] for m in modules) + sum(f["parameters"] for f in full),
@@ -90,17 +112,23 @@ def table(facts, each=False):
     groups = {}
     for module in facts["modules"]:
         name = module["module"] if each else re.sub(r"\b\d+\b", "*", module["module"])
-        key = (name, module["out_features"], module["in_features"], module["rank"], f"{module['scaling']:.4g}")
+        name = ".".join([name, "|".join(module["parameters_named"])]).rstrip(".")
+        known = ("?", "?") if module["rank"] is None else (module["rank"], f"{module['scaling']:.4g}")
+        key = (name, module["out_features"], module["in_features"], *known)
         groups.setdefault((*key, module["dtype"]), []).append(module)
     rows = [("module", "count", "out × in", "rank", "scaling", "‖update‖ min", "mean", "max", "dtype", "")]
     for (name, out, inputs, rank, scaling, dtype), modules in groups.items():
         norms = [m["update_norm"] for m in modules if m["update_norm"] is not None]
         spread = [f"{v:.4g}" for v in (min(norms), sum(norms) / len(norms), max(norms))] if norms else ["-"] * 3
-        remark = "Inf or NaN!" if not all(m["finite"] for m in modules) else "no update" if not any(norms) else ""
+        remark = (
+            "Inf or NaN!" if not all(m["finite"] for m in modules) else "no update" if norms and not any(norms) else ""
+        )
         rows.append((name, str(len(modules)), f"{out} × {inputs}", str(rank), scaling, *spread, dtype, remark))
     lines += ["", *_aligned(rows)] if facts["modules"] else []
     if facts["use_dora"] and facts["modules"]:
         lines.append("norms are those before DoRA's rescaling, which needs the base weight")
+    if facts["start"]:
+        lines.append(f"norms are those of B A whole, of which a part was in the base weight ({facts['start']})")
     if facts["full_tensors"]:
         rows = [("saved in full", "shape", "norm", "dtype")]
         for full in facts["full_tensors"]:

@@ -51,7 +51,8 @@ class Journal:
         if json.loads(lines[0]) != {"job": job}:
             self.close()
             raise CheckpointError(
-                f"{self.folder} holds an unfinished merge of other files or weights; run that again, or delete it"
+                f"{self.folder} holds an unfinished merge of other files, weights or options; run that again, or "
+                "delete it"
             )
         for line in lines[1:]:
             entry = json.loads(line)

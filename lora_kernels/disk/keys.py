@@ -1,8 +1,9 @@
 """From an adapter's names to a checkpoint's.
 
 A name is looked up, in this order: as it is; with a prefix more or less on one side; without the names of wrapping
-modules on both sides; as a part of a fused projection, or the fusion of split ones. The first of these that finds
-anything must find one tensor: two are an error. A prefix that holds a layer's index is never skipped.
+modules on both sides; under Mixtral's older name of its experts; as a part of a fused projection, or the fusion of
+split ones. The first of these that finds anything must find one tensor: two are an error. A prefix that holds a layer's
+index is never skipped.
 """
 
 import difflib
@@ -55,7 +56,8 @@ class Keys:
                 raise KeyMatchError(f"'{name}' matches several tensors: {', '.join(sorted(found)[:4])}")
             if found:
                 return found[0]
-        return None
+        older = name.replace(".mlp.", ".block_sparse_moe.")
+        return None if older == name else self.find(older)
 
     def find_slices(self, path, rows, sibling_rows):
         """Where the update of module ``path`` goes, (out, in) weights: a list of :class:`Slice`, empty if nowhere.

@@ -3,6 +3,8 @@
 import os
 import shutil
 
+import torch
+
 from ..io.checkpoint import CheckpointError
 from .adapter import fingerprint, read_adapter
 from .base import open_base
@@ -24,7 +26,7 @@ def merge_checkpoint(
 
     Dtypes, shards, offsets, metadata, index and all other files stay as they are. ``out`` appears, complete, at the
     end; until then there are ``out.partial`` and its journal, from which the same call continues. Besides the adapters,
-    memory holds a few blocks of rows.
+    memory holds a few blocks of rows; of a weight that PiSSA or OLoRA started from also its decomposition in float32.
 
     Args:
         base_dir: folder of a safetensors checkpoint, sharded or not.
@@ -57,7 +59,7 @@ def merge_checkpoint(
     if dry_run:
         return summary
     os.makedirs(os.path.dirname(out), exist_ok=True)
-    journal = Journal(folder, _job(base, adapter_dirs, weights, allow_tied, block_bytes))
+    journal = Journal(folder, _job(base, adapters, allow_tied, block_bytes))
     try:
         if not journal.finished:
             with Workers() as workers:
@@ -126,10 +128,12 @@ def _check_space(folder, summary):
         raise CheckpointError(f"OUT: {needed:,} bytes are needed on the disk of {parent}, {free:,} are free")
 
 
-def _job(base, adapter_dirs, weights, allow_tied, block_bytes):
+def _job(base, adapters, allow_tied, block_bytes):
     """What must be the same for an unfinished merge to be continued."""
     shards = {name: [size, os.stat(base.path(name)).st_mtime_ns] for name, size in base.shards.items()}
-    adapters = [[os.path.realpath(d), fingerprint(d), w] for d, w in zip(adapter_dirs, weights)]
+    # The bits of a decomposition depend on the number of threads.
+    threads = torch.get_num_threads() if any(adapter.start for adapter in adapters) else None
+    adapters = [[os.path.realpath(a.directory), fingerprint(a.directory), a.weight] for a in adapters]
     return {
         "format": FORMAT,
         "base": os.path.realpath(base.directory),
@@ -137,6 +141,7 @@ def _job(base, adapter_dirs, weights, allow_tied, block_bytes):
         "adapters": adapters,
         "allow_tied": allow_tied,
         "block_bytes": block_bytes,
+        "threads": threads,
     }
 
 

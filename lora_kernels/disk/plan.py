@@ -3,45 +3,17 @@
 A tensor is kept, replaced whole (bias, modules_to_save) or in some rows (trainable tokens), or gets terms: an update
 ``left (rows, r) · right (r, columns)`` in the orientation in which the tensor is stored, as a matrix of its first
 dimension by the rest. A transposed weight (Conv1D, embedding) is thereby nothing special, nor is a convolution or a
-bias (one column).
+bias (one column). A stack of experts is one matrix below the other, with a term for each.
 """
-
-from dataclasses import dataclass, field
 
 import torch
 
 from ..io.checkpoint import CheckpointError
-from .adapter import more
-from .keys import KeyMatchError, Keys, Slice
-
-_MERGEABLE = ("F32", "F16", "BF16")
-
-
-@dataclass
-class Term:
-    """``scale · left · right`` added to rows ``row``… With ``magnitude``, DoRA's rescaling by ``weight``."""
-
-    row: int
-    left: torch.Tensor
-    right: torch.Tensor
-    scale: float
-    weight: float = 1.0
-    magnitude: torch.Tensor = None
-    by_column: bool = False  # the magnitude belongs to columns: a transposed weight
-
-    @property
-    def stop(self):
-        return self.row + self.left.shape[0]
-
-
-@dataclass
-class Edit:
-    """What is done to one tensor: ``replacement``, then ``rows`` (number -> row; both of its dtype) or ``terms``."""
-
-    replacement: torch.Tensor = None
-    replaced_by: str = ""
-    rows: dict = field(default_factory=dict)
-    terms: list[Term] = field(default_factory=list)
+from .adapter import WAY_AROUND, more
+from .edit import Edit, Term
+from .keys import KeyMatchError, Keys
+from .parameters import parameter_terms
+from .places import check_dtype, has_head, is_embedding, slices_of, unknown
 
 
 def make_plan(base, adapters, allow_tied=False):
@@ -58,7 +30,7 @@ def make_plan(base, adapters, allow_tied=False):
     keys, edits, problems = Keys(base.tensors), {}, []
     for adapter in adapters:
         taken = {}
-        for source in (_full_tensors, _token_rows, _module_terms):
+        for source in (_full_tensors, _token_rows, _module_terms, parameter_terms):
             source(base, keys, adapter, edits, taken, problems, allow_tied)
     problems += [
         f"'{n}': has rows of one adapter and an update" for n, edit in edits.items() if edit.rows and edit.terms
@@ -80,7 +52,7 @@ def _full_tensors(base, keys, adapter, edits, taken, problems, allow_tied):
         if target is None:
             if _same_as_tied(base, keys, adapter, name, tensor):
                 continue
-            problems.append(f"{where}: {_unknown(keys, name)}; a tensor is never added, since the layout is kept")
+            problems.append(f"{where}: {unknown(keys, name)}; a tensor is never added, since the layout is kept")
             continue
         info = base.tensors[target]
         problem = _replacement_problem(info, tensor)
@@ -105,11 +77,11 @@ def _token_rows(base, keys, adapter, edits, taken, problems, allow_tied):
         try:
             target = keys.find(path + ".weight")
             if target is None:
-                raise CheckpointError(_unknown(keys, path + ".weight"))
-            if base.tied and _is_embedding(target) and _has_head(base):
+                raise CheckpointError(unknown(keys, path + ".weight"))
+            if base.tied and is_embedding(target) and has_head(base):
                 raise CheckpointError("the checkpoint has an output head beside the embedding that it is tied to")
             info = base.tensors[target]
-            _check_dtype(info)
+            check_dtype(info)
             edit = edits.setdefault(target, Edit())
             for token, row in rows.items():
                 row = row.to(info.torch_dtype)
@@ -138,20 +110,8 @@ def _same_as_tied(base, keys, adapter, name, tensor):
     """A saved output head that the checkpoint does not hold, equal to the saved embedding it is tied to."""
     if not base.tied or name.split(".")[-2:] != ["lm_head", "weight"]:
         return False
-    others = [t for n, (t, _) in adapter.full.items() if _is_embedding(n) and keys.find(n)]
+    others = [t for n, (t, _) in adapter.full.items() if is_embedding(n) and keys.find(n)]
     return len(others) == 1 and torch.equal(others[0], tensor)
-
-
-def _is_embedding(name):
-    return name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight"))
-
-
-def _has_head(base):
-    return any(n.split(".")[-2:] in (["lm_head", "weight"], ["embed_out", "weight"]) for n in base.tensors)
-
-
-def _unknown(keys, name):
-    return f"no tensor '{name}' in the checkpoint; the nearest: {', '.join(keys.nearest(name)) or 'none'}"
 
 
 def _module_terms(base, keys, adapter, edits, taken, problems, allow_tied):
@@ -160,7 +120,7 @@ def _module_terms(base, keys, adapter, edits, taken, problems, allow_tied):
     for path, module in adapter.modules.items():
         where = f"{adapter.directory}: {path}"
         try:
-            placed.append((where, module, _slices(base, keys, path, module, rows_of, allow_tied)))
+            placed.append((where, module, slices_of(base, keys, path, rows_of[path], rows_of, allow_tied)))
         except CheckpointError as error:
             problems.append(f"{where}: {error}")
     trust = _flag_is_trusted(base, adapter, placed)
@@ -174,35 +134,6 @@ def _module_terms(base, keys, adapter, edits, taken, problems, allow_tied):
                 edits.setdefault(name, Edit()).terms.append(term)
         except CheckpointError as error:
             problems.append(f"{where}: {error}")
-
-
-def _slices(base, keys, path, module, rows_of, allow_tied):
-    target = keys.find(path + ".weight")
-    if target is not None:
-        if base.tied and not allow_tied and _is_embedding(target) and not _has_head(base):
-            raise CheckpointError(
-                f"'{target}' is the output head too (tie_word_embeddings), so merging would change both; "
-                "--allow-tied merges anyway, as PEFT does"
-            )
-        info = base.tensors[target]
-        _check_dtype(info)
-        return [Slice(target, 0, info.matrix[0], 0, whole=True)]
-    slices = keys.find_slices(path, module.b.shape[0], rows_of)
-    for part in slices:
-        _check_dtype(base.tensors[part.tensor])
-    if slices:
-        return slices
-    if base.tied and path.split(".")[-1] == "lm_head":
-        raise CheckpointError("the checkpoint has no lm_head.weight (tie_word_embeddings): the head is the embedding, "
-                              "and merging would change both; untie the base model first")  # fmt: skip
-    if keys.find(path + ".in_proj_weight"):
-        raise CheckpointError("nn.MultiheadAttention can not be merged on disk")
-    raise CheckpointError(_unknown(keys, path + ".weight"))
-
-
-def _check_dtype(info):
-    if info.dtype not in _MERGEABLE:
-        raise CheckpointError(f"'{info.name}' is {info.dtype}: only {', '.join(_MERGEABLE)} weights are merged")
 
 
 def _orientations(info, module, part):
@@ -221,6 +152,21 @@ def _flag_is_trusted(base, adapter, placed):
         if not module.is_embedding and plain != transposed and transposed != adapter.config.fan_in_fan_out:
             return False
     return True
+
+
+def _start(base, adapter, module, part):
+    """What the module took out of its weight when it was made; embeddings, and heads tied to them, never do."""
+    tied = adapter.config.ensure_weight_tying and base.tied and module.path.split(".")[-1] == "lm_head"
+    if adapter.start is None or module.is_embedding or tied:
+        return None
+    if not part.whole and part.rows < module.b.shape[0]:
+        raise CheckpointError(
+            f"init_lora_weights={adapter.start!r} took a part out of the fused weight, and the checkpoint has it in "
+            f"several tensors ('{part.tensor}'); {WAY_AROUND}"
+        )
+    if len(base.tensors[part.tensor].shape) != 2:
+        raise CheckpointError(f"init_lora_weights={adapter.start!r} needs a matrix, '{part.tensor}' is none")
+    return adapter.start, module.scaling
 
 
 def _terms(base, keys, adapter, module, slices, trust):
@@ -245,10 +191,11 @@ def _terms(base, keys, adapter, module, slices, trust):
         if magnitude is not None and not transposed:
             magnitude = magnitude[rows]
         own = scale if magnitude is None else module.scaling  # DoRA's result is weighted, not its update
-        yield part.tensor, Term(part.row, left, right, own, adapter.weight, magnitude, transposed)
+        start = _start(base, adapter, module, part)
+        yield part.tensor, Term(part.row, left, right, own, adapter.weight, magnitude, transposed, start)
     if module.b_bias is not None:
         name = keys.find(module.path + ".bias")
         if name is None or base.tensors[name].shape != tuple(module.b_bias.shape) or module.magnitude is not None:
             raise CheckpointError("lora_B.bias needs a bias of the same length in the checkpoint, and no DoRA")
-        _check_dtype(base.tensors[name])
+        check_dtype(base.tensors[name])
         yield name, Term(0, module.b_bias[:, None], module.b_bias.new_ones(1, 1), scale)

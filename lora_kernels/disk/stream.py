@@ -61,11 +61,18 @@ def read_exactly(handle, view, offset):
         view, offset = view[count:], offset + count
 
 
-def edited_blocks(workers, handle, info, edit, block_bytes, use, done=0):
+def prepare(workers, handle, info, edit, block_bytes):
+    """The :class:`TensorEdit` of a tensor in a file."""
+    reader = RowReader(handle, info, block_bytes)
+    with workers.together():
+        return TensorEdit(info, edit, reader.read, reader.block_rows)
+
+
+def edited_blocks(workers, handle, ready, block_bytes, use, done=0):
     """Calls ``use(offset in the file, bytes)`` in some thread for each block of the edited tensor, from the first one
     that ends after ``done``; yields (offset, size) in order when a block and all before it are through."""
+    info = ready.info
     reader = RowReader(handle, info, block_bytes)
-    ready = TensorEdit(info, edit, reader.read, reader.block_rows)
 
     def one(reader, row):
         count = min(reader.block_rows, reader.rows - row)
@@ -135,12 +142,12 @@ class ShardWriter:
                     yield position, count
                     position += count
                 continue
-            edit = self.edits[info.name]
+            ready = prepare(self.workers, source, info, self.edits[info.name], self.block_bytes)
 
             def put(offset, data):
                 write_exactly(target, data, offset)
 
-            yield from edited_blocks(self.workers, source, info, edit, self.block_bytes, put, done)
+            yield from edited_blocks(self.workers, source, ready, self.block_bytes, put, done)
 
     @property
     def _copy_bytes(self):

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from ..io.checkpoint import CheckpointError
-from .stream import RowReader, edited_blocks, read_exactly, segments
+from .stream import RowReader, edited_blocks, prepare, read_exactly, segments
 
 _CHUNK = 1 << 20
 _ROWS_IN_FLOAT64 = 4
@@ -72,30 +72,29 @@ def _compare_edited(workers, source, target, info, edit, progress, block_bytes):
         if found != data:
             raise CheckpointError(f"verify: '{info.name}' is not what the merge gives (bytes from {offset})")
 
-    for _, count in edited_blocks(workers, source, info, edit, block_bytes, compare):
+    ready = prepare(workers, source, info, edit, block_bytes)
+    for _, count in edited_blocks(workers, source, ready, block_bytes, compare):
         progress.advance(count)
-    if any(term.magnitude is not None for term in edit.terms):
+    if any(term.magnitude is not None for term in ready.terms):
         return
     original, merged = RowReader(source, info, block_bytes), RowReader(target, info, block_bytes)
     step = max(1, info.matrix[0] // _ROWS_IN_FLOAT64)
     for row in range(0, info.matrix[0], step):
-        _check_row(original.read(row, 1), merged.read(row, 1), row, info, edit)
+        _check_row(original.read(row, 1), merged.read(row, 1), row, ready)
 
 
-def _check_row(original, merged, row, info, edit):
+def _check_row(original, merged, row, ready):
     """One row against float64: off by one rounding to its dtype and the noise of a float32 sum at most."""
-    exact = (
-        original.double() if edit.replacement is None else edit.replacement.reshape(info.matrix)[row : row + 1].double()
-    )
-    if row in edit.rows:
-        exact = edit.rows[row].double()[None]
+    exact = ready.base_rows(original, row).double()
     size = exact.abs()
-    for term in edit.terms:
+    for term in ready.terms:
         if term.row <= row < term.stop:
             left, right = term.left[row - term.row : row - term.row + 1].double(), term.right.double()
             exact = exact + term.scale * (left @ right)
             size = size + abs(term.scale) * (left.abs() @ right.abs())
-    limits = torch.finfo(info.torch_dtype)
+    limits = torch.finfo(merged.dtype)
     allowed = exact.abs() * limits.eps + size * 64 * torch.finfo(torch.float32).eps + limits.tiny
     if ((merged.double() - exact).abs() > allowed).any():
-        raise CheckpointError(f"verify: row {row} of '{info.name}' is further from float64 than rounding explains")
+        raise CheckpointError(
+            f"verify: row {row} of '{ready.info.name}' is further from float64 than rounding explains"
+        )

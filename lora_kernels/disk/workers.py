@@ -26,6 +26,15 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
         torch.set_num_threads(self._threads)  # a worker's call counts for threads that start later, too
 
+    @contextlib.contextmanager
+    def together(self):
+        """For work of the caller's own, while no block is under way: all threads, and so the same bits each time."""
+        torch.set_num_threads(self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(1)
+
     def run(self, function, items, make_state):
         """Yields ``function(state, item)`` of every item, in order; a little ahead of who asks.
 

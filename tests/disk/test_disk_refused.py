@@ -82,12 +82,10 @@ def test_keys_and_tensors(case, job):
 
 
 CONFIGS = {
-    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
     "loha": ({"peft_type": "LOHA"}, "peft_type"),
     "rank": ({"r": 5}, "expected rank 5"),
     "dora": ({"use_dora": True}, "lora_magnitude_vector is missing"),
     "alora": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-    "experts": ({"target_parameters": ["experts.weight"]}, "target_parameters"),
     "orientation": ({"fan_in_fan_out": True}, None),
 }
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from disk_cases import llama, save_adapter, save_base
+from disk_cases import llama, mixture, save_adapter, save_base
 
 import lora_kernels
 from lora_kernels.disk import merge_checkpoint, stream
@@ -76,13 +76,40 @@ def test_continues_where_it_was(job, monkeypatch, count, error):
         assert total < len(written) - 20
 
 
+EXPERTS = {"target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}
+START = {"target_modules": ["q_proj", "o_proj"], "init_lora_weights": "pissa"}
+
+
+@pytest.mark.parametrize("count", [9, 30])
+@pytest.mark.parametrize("options", [EXPERTS, START], ids=["experts", "pissa"])
+def test_experts_and_what_was_taken_out_continue(options, count, tmp_path, monkeypatch):
+    def make(dtype):
+        return mixture("gpt_oss", dtype)
+
+    save_base(make(torch.bfloat16), tmp_path / "base")
+    save_adapter(make, tmp_path / "a", r=4, **options)
+    small = {**SMALL, "block_bytes": 64}
+    merge_checkpoint(tmp_path / "base", [tmp_path / "a"], tmp_path / "wanted", **small)
+    with monkeypatch.context() as patch:
+        fail_after(patch, count, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            merge_checkpoint(tmp_path / "base", [tmp_path / "a"], tmp_path / "out", **small)
+    if options is START:  # a decomposition by other threads has other bits
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "get_num_threads", lambda: 77)
+            with pytest.raises(CheckpointError, match="other files, weights or options"):
+                merge_checkpoint(tmp_path / "base", [tmp_path / "a"], tmp_path / "out", **small)
+    merge_checkpoint(tmp_path / "base", [tmp_path / "a"], tmp_path / "out", verify=True, **small)
+    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
+
+
 def test_unfinished_merge_of_something_else_is_left_alone(job, monkeypatch):
     with monkeypatch.context() as patch:
         fail_after(patch, 20, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             merge_checkpoint(job / "base", [job / "a"], job / "out", **SMALL)
     before = contents(job / "out.partial")
-    with pytest.raises(CheckpointError, match="other files or weights"):
+    with pytest.raises(CheckpointError, match="other files, weights or options"):
         merge_checkpoint(job / "base", [job / "a"], job / "out", weights=[2.0], **SMALL)
     assert contents(job / "out.partial") == before
 
