@@ -64,7 +64,7 @@ def get_layer_status(model):
                 requires_grad={a: _one([t.requires_grad for t in owned]) for a, owned in tensors.items()},
                 available_adapters=sorted(tensors),
                 devices={a: sorted({t.device.type for t in owned}) for a, owned in tensors.items()},
-                quantization_backend=None,
+                quantization_backend=getattr(getattr(module, "quantization_backend", None), "backend_name", None),
             )
         )
     if not found:

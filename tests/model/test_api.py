@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,9 @@ STEPS = {
     "merged": lambda m: m.merge_adapter(),
     "frozen": lambda m: m.set_requires_grad("default", False),
     "irregular": lambda m: m.base_model.model.layers[0].q_proj.enable_adapters(False),
+    "quantised": lambda m: setattr(
+        m.base_model.model.layers[0].q_proj, "quantization_backend", SimpleNamespace(backend_name="bnb 8bit")
+    ),
     "half-frozen": lambda m: m.base_model.model.layers[0].q_proj.lora_A["default"].requires_grad_(False),
 }
 
