@@ -20,8 +20,9 @@ a, b, s = torch.randn(16, {SIZE}), torch.randn({SIZE}, 16), torch.tensor(0.5)
 def peak():  # MiB; ru_maxrss would be the peak of the test process, which a child process takes over
     return int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) / 1024
 
-def small_calls(run):
-    run(torch.randn(64, 64), torch.randn(16, 64), torch.randn(64, 16), torch.randn(8, 64))
+def small_calls(run, dtype=torch.float32):
+    w, x = torch.randn(64, 64, dtype=dtype), torch.randn(8, 64, dtype=dtype)
+    run(w, torch.randn(16, 64), torch.randn(64, 16), x)
 """
 RUNS = {
     "merge_": "ops.merge_(w, a, b, s)",
@@ -48,7 +49,7 @@ def test_no_temporary_of_the_size_of_the_weight(name, dtype):
 def call(w, a, b, x):
     {RUNS[name]}
 
-small_calls(call)  # libraries and thread pools take their memory now
+small_calls(call, torch.{dtype})  # libraries and thread pools take their memory now
 w, x = (torch.empty(n, {SIZE}, dtype=torch.{dtype}).normal_() for n in ({SIZE}, 8))
 before = peak()
 with torch.no_grad():
