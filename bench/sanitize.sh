@@ -20,6 +20,7 @@ failed=0
 # torch's allocator would hide accesses beyond a tensor.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 small='test_golden or test_odd_sizes and 33 or test_gradient and 33 or test_few_rows and 33 or test_few_rows_of'
+small+=' or test_linear and 300 or test_gradient_of_x and 300 or test_several_adapters and 300'
 for tool in memcheck racecheck; do
   if [ -e "$folder/$tool.done" ]; then
     echo "== $tool: done before"
@@ -27,7 +28,7 @@ for tool in memcheck racecheck; do
   fi
   echo "== $tool"
   if compute-sanitizer --tool "$tool" --error-exitcode 9 --log-file "$folder/$tool.log" \
-    "$PYTHON" -m pytest tests/gpu/test_gpu_cuda.py -q -p no:cacheprovider -k "$small"; then
+    "$PYTHON" -m pytest tests/gpu/test_gpu_cuda.py tests/gpu/test_gpu_sm90.py -q -p no:cacheprovider -k "$small"; then
     touch "$folder/$tool.done"
   else
     echo "== $tool: failed, see $folder/$tool.log"

@@ -3,7 +3,8 @@
     python bench/static_cuda.py [--write bench/results/static]
 
 Registers, shared memory, stack and spills are what ptxas reports; instructions are counted in the disassembly of the
-cubin, by nvdisasm from the Triton wheel. Fails on spills, a stack or local memory. Two compiles at a time.
+cubin, by nvdisasm from the Triton wheel. Fails on spills, a stack, local memory or wgmma that ptxas
+had to serialise. Two compiles at a time.
 """
 
 import argparse
@@ -25,6 +26,8 @@ ARCHS = ("80", "90a", "100")  # as cmake/cuda.cmake builds
 # nvdisasm prints an instruction as "/*0120*/   @P0 LDG.E.128 R4, …"; the width is part of the name.
 INSTRUCTIONS = {
     "mma": r"HMMA\b",
+    "wgmma": r"HGMMA\b",
+    "tma": r"UTMALDG\b",
     "ldmatrix": r"LDSM\b",
     "async_copy": r"LDGSTS\b",
     "stream": r"LDGSTS\.\S*LTC128B",
@@ -42,6 +45,7 @@ _ENTRY = re.compile(
     r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.S,
 )
+_SERIALISED = re.compile(r"\((C75\d\d)\)[^\n]*?'(\w+)'")
 
 
 def unavailable():
@@ -70,6 +74,11 @@ def sources():
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
+def archs(source):
+    """The architectures that a source is for: its name says which one alone, ``_sm90``, or from which on."""
+    return ("90a",) if source.stem.endswith("_sm90") else ARCHS
+
+
 def measure(source, arch):
     """A dict for each kernel of a source on one architecture, in ptxas's order.
 
@@ -85,7 +94,11 @@ def measure(source, arch):
     if not found:
         raise RuntimeError(f"{source.name} on sm_{arch}: ptxas reported no kernel")
     names = _run("c++filt", input="\n".join(entry["symbol"] for entry in found)).splitlines()
-    return [_record(source, arch, entry, name, sass) for entry, name in zip(found, names, strict=True)]
+    serialised = {symbol: code for code, symbol in _SERIALISED.findall(log)}
+    return [
+        _record(source, arch, entry | {"serialised": serialised.get(entry["symbol"])}, name, sass)
+        for entry, name in zip(found, names, strict=True)
+    ]
 
 
 def _run(*command, input=None):
@@ -108,6 +121,7 @@ def _record(source, arch, entry, name, sass):
         "stack": int(entry["stack"]),
         "spills": int(entry["stores"]) + int(entry["loads"]),
         "counts": count(section(sass, entry["symbol"])),
+        "serialised": entry["serialised"],
     }
     return record | {"problems": problems(record)}
 
@@ -134,13 +148,14 @@ def problems(record):
     """What is wrong with a record, in words."""
     found = [f"{record[name]} bytes of {name}" for name in ("stack", "spills") if record[name]]
     found += [f"{record['counts']['local']} instructions on local memory"] if record["counts"]["local"] else []
+    found += [f"wgmma serialised ({record['serialised']})"] if record["serialised"] else []
     found += [] if record["counts"]["all"] else ["no instruction was read"]
     return found
 
 
 def measure_all():
     """The records of every source on every architecture."""
-    jobs = [(source, arch) for source in sources() for arch in ARCHS]
+    jobs = [(source, arch) for source in sources() for arch in archs(source)]
     with ThreadPoolExecutor(2) as pool:
         return [record for records in pool.map(lambda job: measure(*job), jobs) for record in records]
 
@@ -148,6 +163,8 @@ def measure_all():
 def table(records, nvcc):
     titles = {
         "mma": "mma",
+        "wgmma": "wgmma",
+        "tma": "tma",
         "ldmatrix": "ldmatrix",
         "async_copy": "async copies",
         "stream": "of a stream",

@@ -23,6 +23,9 @@ set_target_properties(lk_torch_cuda_stub PROPERTIES
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/bind/ops_cuda_*.cpp)
 add_library(_ops_cuda MODULE ${cuda_sources})
+if("90a-real" IN_LIST CMAKE_CUDA_ARCHITECTURES)
+  target_compile_definitions(_ops_cuda PRIVATE LK_HAVE_SM90A=1)
+endif()
 target_link_libraries(_ops_cuda PRIVATE lk_torch lk_torch_cuda_stub
   ${LK_TORCH_DIR}/lib/libtorch_cpu${CMAKE_SHARED_LIBRARY_SUFFIX})
 target_link_options(_ops_cuda PRIVATE -Wl,--exclude-libs,ALL)

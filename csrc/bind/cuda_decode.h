@@ -7,14 +7,7 @@
 
 namespace lora_kernels {
 
-inline int multiprocessors(const Tensor& x) {
-#if defined(LK_EMULATE)
-  (void)x;
-  return lk_cuda_multiprocessors(0);
-#else
-  return lk_cuda_multiprocessors(x.get_device_index());
-#endif
-}
+inline int multiprocessors(const Tensor& x) { return lk_cuda_multiprocessors(device_of(x)); }
 
 // h and the product, where the call is one for the kernel for few rows; else false, and nothing was
 // done. The workspace is of this call alone, so calls on several streams share nothing; the shrink

@@ -8,6 +8,7 @@
 #include "cuda_decode.h"
 #include "cuda_tensor.h"
 #include "lora_kernels/cuda_linear.h"
+#include "lora_kernels/cuda_sm90.h"
 #include "lora_kernels/cuda_tile.h"
 
 namespace lora_kernels {
@@ -42,19 +43,34 @@ inline void run(const char* op, const CudaShrink& shrink, const Tensor& x, DType
     return lk_cuda_shrink(&shrink, type, device, stream);
   });
 }
+// Columns of the sm_90a kernel's tile where that is the choice; else 0.
+inline int sm90_cols(const CudaLinear& linear, const Tensor& x, bool invariant) {
+  if (invariant || !lk_cuda_is_sm90(device_of(x)) || !fits_sm90(linear)) return 0;
+  return cuda_sm90_cols(linear.m, linear.n, linear.k, linear.r, multiprocessors(x));
+}
+
+// `cols` as from sm90_cols.
 inline void run(const char* op, const CudaLinear& linear, const Tensor& x, DType type,
-                const CudaTile& tile) {
+                const CudaTile& tile, int cols) {
   on_stream(op, x, [&](int device, void* stream) {
+    if (cols > 0) return lk_cuda_linear_sm90(&linear, type, cols, device, stream);
     return lk_cuda_linear(&linear, type, tile.rows, device, stream);
   });
 }
 
 // h, then the product with it.
-inline void run(const char* op, const CudaShrink& shrink, const CudaLinear& linear, const Tensor& x,
-                DType type, const CudaTile& tile, bool invariant) {
+inline void run(const char* op, CudaShrink shrink, CudaLinear linear, const Tensor& x, DType type,
+                const CudaTile& tile, bool invariant) {
   if (run_decode(op, shrink, linear, x, type, invariant)) return;
+  const int cols = sm90_cols(linear, x, invariant);
+  Tensor row_slots;
+  if (cols > 0 && linear.plan.row_order != nullptr) {
+    row_slots = torch::stable::new_empty(x, {linear.m}, ScalarType::Int);
+    linear.plan.row_slots = static_cast<int32_t*>(row_slots.mutable_data_ptr());
+    shrink.plan.row_slots = linear.plan.row_slots;
+  }
   run(op, shrink, x, type);
-  run(op, linear, x, type, tile);
+  run(op, linear, x, type, tile, cols);
 }
 
 inline void set_bias(CudaLinear& linear, const MaybeTensor& bias, const Tensor& x) {

@@ -65,16 +65,23 @@ inline const float* scaling_of(const Tensor& scaling, const char* name, const Te
   return static_cast<const float*>(scaling.const_data_ptr());
 }
 
+inline int device_of(const Tensor& tensor) {
+#if defined(LK_EMULATE)
+  (void)tensor;
+  return 0;
+#else
+  return tensor.get_device_index();
+#endif
+}
+
 // launch(device, stream) on the tensor's device and its current stream; what it returns is null or
 // CUDA's words for what is wrong.
 template <class Launch>
 void on_stream(const char* op, const Tensor& tensor, const Launch& launch) {
+  const int device = device_of(tensor);
 #if defined(LK_EMULATE)
-  const int32_t device = 0;
   void* const stream = nullptr;
-  (void)tensor;
 #else
-  const int32_t device = tensor.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "lora_kernels/cpu.h"
+#include "lora_kernels/cuda_sm90.h"
 #include "lora_kernels/cuda_tile.h"
 
 namespace {
@@ -56,6 +57,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_tile", &cuda_tile, pybind11::arg("m"), pybind11::arg("n"), pybind11::arg("k"),
         pybind11::arg("r"), pybind11::arg("sms"), pybind11::arg("invariant") = false,
         "Rows and columns of the CUDA kernels' tile, and the parts in which the sum for h is cut.");
+  m.def("cuda_sm90_cols", &lora_kernels::cuda_sm90_cols, pybind11::arg("m"), pybind11::arg("n"),
+        pybind11::arg("k"), pybind11::arg("r"), pybind11::arg("sms"),
+        "Columns of the tile of the CUDA kernel for sm_90, 0 where the others are expected to be "
+        "faster.");
   m.def(
       "host_isa", [] { return lora_kernels::isa_name(lora_kernels::best_isa()); },
       "The best kernel level this CPU can run.");

@@ -8,7 +8,8 @@ namespace {
 
 // dX = dY W + s dh A: the forward kernel, W and A turned. dh (splits, m, r) = dY B.
 Tensor gradient_of_x(const Tensor& dy, const MaybeTensor& weight, const Tensor& lora_a,
-                     const Tensor& scaling, const Tensor& dh, const CudaTile& tile) {
+                     const Tensor& scaling, const Tensor& dh, const CudaTile& tile,
+                     bool invariant) {
   const int64_t m = dy.size(0), n = dy.size(1), r = lora_a.size(0), k = lora_a.size(1);
   Tensor dx = torch::stable::new_empty(dy, {m, k});
   CudaLinear linear = {};
@@ -23,7 +24,8 @@ Tensor gradient_of_x(const Tensor& dy, const MaybeTensor& weight, const Tensor& 
   linear.scaling = scaling_of(scaling, "scaling", dy);
   set_out(linear, dx, "dx", dy);
   set_h(linear, dh, tile.splits);
-  run("lora_linear_backward", linear, dy, half_type(dy, "dy"), tile);
+  run("lora_linear_backward", linear, dy, half_type(dy, "dy"), tile,
+      sm90_cols(linear, dy, invariant));
   return dx;
 }
 
@@ -84,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor dy, Tensor x, May
     CudaShrink shrink = shrink_of(dy, matrix(lora_b), r, dh, tile.splits);
     shrink.turned = true;
     run("lora_linear_backward", shrink, dy, type);
-    if (need_x) dx = gradient_of_x(dy, weight, lora_a, scaling, dh, tile);
+    if (need_x) dx = gradient_of_x(dy, weight, lora_a, scaling, dh, tile, invariant);
     if (need_a) gradient_of_adapter(da, false, dh, tile.splits, x, scaling);
   }
   if (need_b) gradient_of_adapter(db, true, h, 1, dy, scaling);

@@ -31,7 +31,9 @@ CudaPlan plan_of(const Tensor& row_order, const Tensor& segment_starts, const Ma
   return {static_cast<const int32_t*>(row_order.const_data_ptr()),
           static_cast<const int32_t*>(segment_starts.const_data_ptr()),
           ranks.has_value() ? static_cast<const int32_t*>(ranks->const_data_ptr()) : nullptr,
-          static_cast<int>(row_order.size(0)), static_cast<int>(slots)};
+          static_cast<int>(row_order.size(0)),
+          static_cast<int>(slots),
+          nullptr};
 }
 
 // y of one adapter; without a weight y += the update alone. `saved`, if not null, is h (m, r), kept
@@ -198,7 +200,7 @@ void lora_expand_(Tensor y, Tensor h, Tensor b_bank, Tensor slot_scalings, Maybe
   set_scalings(linear, slot_scalings, y, slots);
   set_out(linear, y, "y", y);
   set_h(linear, h, 1);
-  run("lora_expand_", linear, y, type, choose(y, n, 0, r, invariant));
+  run("lora_expand_", linear, y, type, choose(y, n, 0, r, invariant), 0);
 }
 
 }  // namespace

@@ -172,6 +172,19 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   });
 }
 
+// The slot of a block's rows; the blocks of slot 0 do it for as many rows without a slot as well.
+__device__ inline void store_row_slots(const CudaPlan& plan, int slot, int64_t first, int64_t last,
+                                       int rows, int64_t m) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i >= rows) return;
+  const int64_t row = first + i < last ? row_at(plan, first + i, m) : -1;
+  if (row >= 0) plan.row_slots[row] = slot;
+  const int64_t place = int64_t{blockIdx.x} * rows + i;
+  if (slot > 0 || place >= plan.segment_starts[1]) return;
+  const int64_t alone = row_at(plan, place, m);
+  if (alone >= 0) plan.row_slots[alone] = -1;
+}
+
 // A block for 64 rows of a slot, some of the rank, and one part of the sum.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
@@ -193,6 +206,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     first += plan.segment_starts[slot + 1];
     last = plan.segment_starts[slot + 2];
     if (plan.slot_ranks != nullptr) rank = plan.slot_ranks[slot];
+  }
+  if (plan.row_slots != nullptr && blockIdx.y == 0) {
+    store_row_slots(plan, slot, first, last, Tile::kRows, args.m);
   }
   if (first >= last) return;
 

@@ -41,6 +41,11 @@ inline unsigned __shfl_sync(unsigned, unsigned value, int lane) {
     for (int i = 0; i < 32; ++i) w.out[i][0] = w.in[lane][0];
   });
 }
+inline unsigned __shfl_xor_sync(unsigned, unsigned value, int with) {
+  return *lora_kernels_emulate::collective(&value, 1, [with](lora_kernels_emulate::Warp& w) {
+    for (int i = 0; i < 32; ++i) w.out[i][0] = w.in[i ^ with][0];
+  });
+}
 inline unsigned __shfl_up_sync(unsigned, unsigned value, unsigned by) {
   return *lora_kernels_emulate::collective(&value, 1, [by](lora_kernels_emulate::Warp& w) {
     for (unsigned i = 0; i < 32; ++i) w.out[i][0] = w.in[i < by ? i : i - by][0];
@@ -62,9 +67,16 @@ inline unsigned long long atomicMin(unsigned long long* p, unsigned long long v)
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorLaunchFailure = 719;
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 4;
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76
+};
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const int capability = lora_kernels_emulate::settings.capability;
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? 4
+           : attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10
+                                                            : capability % 10;
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }

@@ -34,6 +34,10 @@ void lk_emulate_settings(unsigned seed, bool early) {
   lora_kernels_emulate::settings.early = early;
 }
 
+void lk_emulate_capability(int capability) {
+  lora_kernels_emulate::settings.capability = capability;
+}
+
 void lk_emulate_blocks(unsigned seed) { lora_kernels_emulate::settings.blocks = seed; }
 
 const char* lk_emulate_faulty(int forget) {

@@ -4,10 +4,10 @@
 // its warp in a warp-wide instruction; so one warp runs as far ahead of another as the barriers
 // allow, in an order that `seed` shuffles. Shared memory starts as NaN.
 // cp.async lands at the last moment allowed, in the wait, or (`early`) at once: a kernel that is
-// right is right under both. Shared memory that goes through the functions of device.h is watched
-// in pieces of 16 bytes: what one thread wrote may not be read or written by another before a
-// barrier, and what one thread read may not be written by another. A fault ends the launch with a
-// message.
+// right is right under both; async.h has what sm_90 runs beside the threads. Shared memory that
+// goes through the functions of device.h is watched in pieces of 16 bytes: what one thread wrote
+// may not be read or written by another before a barrier, and what one thread read may not be
+// written by another. A fault ends the launch with a message.
 #pragma once
 
 #include <setjmp.h>
@@ -21,6 +21,8 @@
 #include <string>
 #include <vector>
 
+#include "async.h"
+
 namespace lora_kernels_emulate {
 
 struct Dim3 {
@@ -32,6 +34,7 @@ struct Settings {
   unsigned seed = 1;
   bool early = false;
   unsigned blocks = 0;  // shuffles the blocks too; 0: in their order
+  int capability = 80;  // of the device
 };
 inline Settings settings;
 inline std::string fault;
@@ -55,6 +58,7 @@ struct Fiber {
   unsigned waits_for = 0;
   std::vector<AsyncCopy> open;                 // not yet in a group
   std::vector<std::vector<AsyncCopy>> groups;  // committed, oldest first
+  Products products;
 };
 
 struct Piece {
@@ -70,6 +74,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<uint8_t> shared;
   std::map<uintptr_t, Piece> pieces;
+  Async async;
   unsigned generation = 0, arrived = 0, live = 0;
   Dim3 index = {0, 0, 0}, grid = {1, 1, 1}, size = {1, 1, 1};
   std::function<void()> body;
@@ -222,6 +227,9 @@ inline void enter() {
     }
     if (!me.open.empty()) fail("cp.async: never committed");
   }
+  if (fault.empty() && !(me.products.open.empty() && me.products.groups.empty())) {
+    fail("wgmma: the thread ended before its products");
+  }
   me.done = true;
   back_to_scheduler();
 }
@@ -250,7 +258,7 @@ inline void run_block(const std::vector<unsigned>& order) {
       --left;
       if (--b.live > 0 && b.arrived == b.live) release_block();
     }
-    if (!moved) {
+    if (!moved && !b.async.land(settings.seed)) {
       fault = "deadlock: every thread waits";
       return;
     }

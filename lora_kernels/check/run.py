@@ -13,7 +13,7 @@ from ..ops import cuda_choice, dispatch, library, proof, triton_backend
 from ..testing import error_ratio
 
 SHAPES = ((1, 256, 192, 16), (8, 131, 67, 5), (70, 384, 384, 8), (130, 128, 96, 64))  # M, K, N, rank
-GPU_SHAPES = (*SHAPES, (16, 1024, 2048, 16), (600, 2048, 1024, 32))
+GPU_SHAPES = (*SHAPES, (16, 1024, 2048, 16), (600, 2048, 1024, 32), (1100, 1024, 2048, 40))
 INTERPRETED_SHAPES = ((1, 64, 48, 5), (20, 70, 33, 24))  # Triton's interpreter is slow
 
 

@@ -28,7 +28,7 @@ def test_every_kernel_compiles_cleanly(records):
 @compiled
 def test_every_source_was_compiled_for_every_architecture(records):
     measured = {(record["source"], record["arch"]) for record in records}
-    assert measured == {(path.name, arch) for path in static_cuda.sources() for arch in static_cuda.ARCHS}
+    assert measured == {(path.name, arch) for path in static_cuda.sources() for arch in static_cuda.archs(path)}
 
 
 @compiled
@@ -42,7 +42,8 @@ def test_the_merge_reads_and_writes_its_four_strips_sixteen_bytes_at_a_time(reco
 
 @compiled
 def test_the_linear_kernels_use_tensor_cores_and_asynchronous_copies(records):
-    found = [r for r in records if r["source"].startswith(("linear_", "decode_", "gradient_"))]
+    sources = ("linear_bf16_sm80", "linear_f16_sm80", "decode_", "gradient_")
+    found = [r for r in records if r["source"].startswith(sources)]
     assert {r["kernel"].split("<")[0] for r in found} == {
         "linear_kernel",
         "shrink_kernel",
@@ -70,6 +71,32 @@ def test_the_kernel_for_few_rows_streams_the_weight(records):
     for record in found:
         assert record["registers"] <= (168 if ", 64, 64, " in record["kernel"] else 128), record
         assert record["counts"]["stream"] > 0, record
+
+
+@compiled
+def test_the_kernels_of_sm_90a_use_its_units(records):
+    """Four products of a warpgroup a step, of the width of the tile, and the update's; copies of three operands."""
+    found = [r for r in records if r["source"].endswith("_sm90.cu")]
+    assert len(found) == 10
+    for record in found:
+        assert record["arch"] == "90a"
+        assert record["counts"]["wgmma"] >= 5, record
+        assert record["counts"]["tma"] >= 3, record
+        assert record["counts"]["mma"] == 0, record
+        assert record["counts"]["global_store_16"] >= 8, record
+        assert record["registers"] == 168, record  # three warpgroups share 65,536
+
+
+@compiled
+def test_serialised_products_are_found(tmp_path):
+    """More sums than there are registers."""
+    source = tmp_path / "narrow_sm90.cu"
+    text = (ROOT / "csrc" / "cuda" / "linear_bf16_sm90.cu").read_text()
+    wide = (ROOT / "csrc" / "cuda" / "linear_sm90.h").read_text().replace("<200>", "<120>")
+    (tmp_path / "wide.h").write_text(wide.replace('#include "consume', f'#include "{ROOT}/csrc/cuda/consume'))
+    source.write_text(text.replace('"linear_sm90.h"', '"wide.h"'))
+    problems = {problem for record in static_cuda.measure(source, "90a") for problem in record["problems"]}
+    assert any(problem.startswith("wgmma serialised") for problem in problems), problems
 
 
 def test_the_written_table_names_the_kernels_of_today():

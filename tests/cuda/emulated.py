@@ -34,12 +34,13 @@ def _sources():
     return [
         *sorted(CSRC.glob("cuda/*.cu")),
         *sorted(CSRC.glob("bind/ops_cuda_*.cpp")),
-        CSRC / "emulate" / "exports.cpp",
+        *sorted(CSRC.glob("emulate/exports*.cpp")),
     ]
 
 
 def _key(compiler):
-    digest = hashlib.sha256(f"{compiler} {OPTIONS} {torch.__version__}".encode())
+    names = [path.name for path in _sources()]
+    digest = hashlib.sha256(f"{compiler} {OPTIONS} {names} {torch.__version__}".encode())
     for path in sorted(path for path in CSRC.rglob("*") if path.is_file() and "cpu/" not in str(path)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -43,6 +43,27 @@ def test_swizzle_is_a_permutation_without_bank_conflicts(library, runs):
             assert len(set(offsets[row : row + 8, run] // 16 % 8)) == 8
 
 
+@pytest.mark.parametrize("sums", [32, 64, 128])
+def test_the_sums_of_a_warpgroup_cover_the_product_once(library, sums):
+    out = np.empty((128, sums, 2), np.int32)
+    library.lk_sum_maps(sums, out.ctypes.data_as(ctypes.c_void_p))
+    assert sorted(map(tuple, out.reshape(-1, 2))) == [(row, col) for row in range(64) for col in range(2 * sums)]
+    # Lanes of four have a row's neighbouring columns: what `trade` relies on.
+    assert [tuple(out[lane, 0]) for lane in range(4)] == [(0, 0), (0, 2), (0, 4), (0, 6)]
+    assert tuple(out[0, 4]) == (0, 8)
+    assert tuple(out[0, 2]) == (8, 0)
+
+
+def test_descriptors_are_as_the_ptx_isa_lays_them_out(library):
+    """Address, leading and stride offsets in 16 bytes at bits 0, 16 and 32; the swizzle of 128 bytes is 1 at bit 62."""
+    library.lk_descriptor.restype = ctypes.c_uint64
+    fields = lambda d: (d & 0x3FFF, d >> 16 & 0x3FFF, d >> 32 & 0x3FFF, d >> 62, d >> 46 & 0xFFFF)  # noqa: E731
+    address, leading, stride, swizzle, rest = fields(library.lk_descriptor(0x2C400, 0))
+    assert (address, stride, swizzle, rest) == (0x2C40, 64, 1, 0)
+    address, leading, stride, swizzle, rest = fields(library.lk_descriptor(0x400, 64))
+    assert (address, leading, stride, swizzle, rest) == (0x40, 512, 64, 1, 0)
+
+
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (3, 5), (8, 4), (19, 7)])
 def test_tiles_are_visited_once(library, rows, cols):
     seen, out = [], (ctypes.c_int * 2)()

@@ -21,6 +21,7 @@ struct CudaPlan {
   const int32_t* segment_starts;
   const int32_t* slot_ranks;  // or null: all of the rank is live
   int num_positions, num_slots;
+  int32_t* row_slots;  // (m), room for each row's slot that the shrink fills; or null
 };
 
 // h (splits, m, r) = x (m, k) a^T in float32, a sum cut into `splits` parts. a is (r, k), or,

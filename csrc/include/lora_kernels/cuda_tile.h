@@ -12,31 +12,38 @@ struct CudaTile {
 
 constexpr int kMaxSplits = 8;
 
+// What a product takes with a tile of which `resident` run on a multiprocessor at `share` of its
+// peak: the waves times the work of one multiprocessor in a wave. A wave that is not full costs
+// what its busiest multiprocessor does.
+inline double cuda_tile_cost(int64_t m, int64_t n, const CudaTile& tile, int resident, double share,
+                             int sms) {
+  const int64_t tiles = (m + tile.rows - 1) / tile.rows * ((n + tile.cols - 1) / tile.cols);
+  const int64_t at_once = static_cast<int64_t>(sms) * resident;
+  const int64_t full = tiles / at_once, rest = tiles % at_once;
+  const double deep = static_cast<double>(full * resident + (rest + sms - 1) / sms);
+  return deep * tile.rows * tile.cols / share;
+}
+
+// The same for the tiles of cuda_tile.
+inline double cuda_tile_cost(int64_t m, int64_t n, const CudaTile& tile, int sms) {
+  const double share = tile.rows == 128 ? 1.0 : tile.rows == 64 ? 0.75 : 0.3;
+  return cuda_tile_cost(m, n, tile, tile.rows == 128 ? 1 : 4, share, sms);
+}
+
 // m, n, k, r as in x (m, k), weight (n, k), rank r; `sms` multiprocessors. With `invariant` what
 // decides how a sum is cut does not depend on m.
 //
-// A tile's cost is the waves that it takes times the work of one multiprocessor in a wave; smaller
-// tiles do the same work with more traffic. The result of a product does not depend on the tile:
-// every sum runs over k in steps of 16, ascending.
+// Smaller tiles do the same work with more traffic. The result of a product does not depend on the
+// tile: every sum runs over k in steps of 16, ascending.
 inline CudaTile cuda_tile(int64_t m, int64_t n, int64_t k, int64_t r, int sms, bool invariant) {
-  // Rows, columns, tiles that are resident on a multiprocessor, share of its peak.
-  struct Kind {
-    int rows, cols, resident;
-    double share;
-  };
-  constexpr Kind kKinds[] = {{128, 128, 1, 1.0}, {64, 64, 4, 0.75}, {16, 64, 4, 0.3}};
+  constexpr CudaTile kKinds[] = {{128, 128, 1}, {64, 64, 1}, {16, 64, 1}};
   CudaTile best = {16, 64, 1};
   double least = 0;
-  for (const Kind& kind : kKinds) {
-    const int64_t tiles = (m + kind.rows - 1) / kind.rows * ((n + kind.cols - 1) / kind.cols);
-    const int64_t at_once = static_cast<int64_t>(sms) * kind.resident;
-    // A wave that is not full costs what its busiest multiprocessor does.
-    const int64_t full = tiles / at_once, rest = tiles % at_once;
-    const double deep = static_cast<double>(full * kind.resident + (rest + sms - 1) / sms);
-    const double cost = deep * kind.rows * kind.cols * static_cast<double>(k + r) / kind.share;
+  for (const CudaTile& kind : kKinds) {
+    const double cost = cuda_tile_cost(m, n, kind, sms);
     if (least == 0 || cost < least) {
       least = cost;
-      best = {kind.rows, kind.cols, 1};
+      best = kind;
     }
   }
   // h has few tiles: its sum is cut until they fill the GPU, into no less than 512 each.
