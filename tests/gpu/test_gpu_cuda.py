@@ -22,6 +22,8 @@ from lora_kernels.testing import (
     make_multi,
 )
 
+from .replays import replay_reads_anew, streams_give_the_bits_of_one
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "exact"))
 from exact_cases import GOLDEN, problem, same_bits
 
@@ -108,16 +110,7 @@ def test_few_rows_of_several_adapters():
 
 def test_few_rows_in_a_graph_read_the_adapters_anew():
     case, run = _few_rows_of_several()
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = run()
-    case.b_bank.mul_(-2.0)
-    expected = run()
-    for _ in range(3):
-        y.zero_()
-        graph.replay()
-        assert torch.equal(y, expected)
+    replay_reads_anew(run, case.b_bank)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -197,14 +190,4 @@ def test_two_streams_at_once_give_the_bits_of_one(rows):
         lambda: lk.ops.lora_linear(*single.args()),
         lambda: lk.ops.multi_lora_linear(several.x, several.weight, several.bias, *banks, plan),
     )
-    expected = [call() for call in calls]
-    streams = [torch.cuda.Stream() for _ in calls]
-    for stream in streams:
-        stream.wait_stream(torch.cuda.current_stream())
-    found = []
-    for _ in range(20):
-        for stream, call in zip(streams, calls, strict=True):
-            with torch.cuda.stream(stream):
-                found.append(call())
-    torch.cuda.synchronize()
-    assert all(torch.equal(result, expected[i % 2]) for i, result in enumerate(found))
+    streams_give_the_bits_of_one(calls)

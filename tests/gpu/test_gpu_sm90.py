@@ -1,5 +1,7 @@
 """The CUDA kernel of sm_90a on a Hopper GPU: float64 at real and odd sizes, several adapters, bits, graphs, streams."""
 
+import functools
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ from lora_kernels import _native
 from lora_kernels.check import eager_multi, exact_multi
 from lora_kernels.ops import dispatch
 from lora_kernels.testing import assert_within_budget, eager_lora_linear, exact_lora_linear, make_linear, make_multi
+
+from .replays import replay_reads_anew, streams_give_the_bits_of_one
 
 pytestmark = pytest.mark.gpu
 HALF = [torch.float16, torch.bfloat16]
@@ -91,27 +95,9 @@ def test_several_adapters(shape, slots, segments):
 
 def test_a_graph_reads_the_adapters_anew():
     case, run = _several((600, 2048, 4096, 16), 5, False)
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = run()
-    case.b_bank.mul_(-2.0)
-    expected = run()
-    for _ in range(3):
-        y.zero_()
-        graph.replay()
-        assert torch.equal(y, expected)
+    replay_reads_anew(run, case.b_bank)
 
 
 def test_two_streams_at_once():
     cases = [make_linear(1000, 4096, 4096, 16, torch.bfloat16, device="cuda", seed=seed) for seed in range(2)]
-    expected = [lk.ops.lora_linear(*case.args()) for case in cases]
-    streams = [torch.cuda.Stream() for _ in cases]
-    torch.cuda.synchronize()
-    found = []
-    for _ in range(20):
-        for stream, case in zip(streams, cases, strict=True):
-            with torch.cuda.stream(stream):
-                found.append(lk.ops.lora_linear(*case.args()))
-    torch.cuda.synchronize()
-    assert all(torch.equal(result, expected[i % 2]) for i, result in enumerate(found))
+    streams_give_the_bits_of_one([functools.partial(lk.ops.lora_linear, *case.args()) for case in cases])
