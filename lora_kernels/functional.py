@@ -49,8 +49,7 @@ def inject_adapter_in_model(peft_config, model, adapter_name="default", low_cpu_
         peft_config.exclude_modules = peft_config.layers_to_transform = peft_config.layers_pattern = None
     before = model.__dict__.get("peft_config")
     if before is None:
-        tuner = LoraModel(model, peft_config, adapter_name, autocast_adapter_dtype=False, meta=low_cpu_mem_usage)
-        model.peft_config = tuner.peft_config
+        LoraModel(model, peft_config, adapter_name, autocast_adapter_dtype=False, meta=low_cpu_mem_usage)
         return model
     tuner = LoraModel.around(model, before)
     tuner.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=False, meta=low_cpu_mem_usage)

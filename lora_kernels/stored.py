@@ -9,7 +9,7 @@ from .io.source import read_adapter
 from .io.state_dict import expected_shapes, get_peft_model_state_dict, set_peft_model_state_dict
 from .layers.base import check_adapter_name
 from .targeting import find_targets
-from .tuner import has_adapters
+from .tuner import check_takes_over, has_adapters
 from .tuner_facts import base_name, warn_of_changed_base
 from .walk import into_eval
 
@@ -91,7 +91,7 @@ class StoredModel:
         :func:`read_adapter` takes to find the files of ``model_id``; what PEFT's arguments mean is said there.
 
         Args:
-            model: any module without adapters.
+            model: any module. Adapters of other names that an earlier call has put into it stay, inactive.
             model_id: a folder, a file in the layout of kohya or diffusers, or a repository in the local Hub cache.
             is_trainable: whether the adapter trains; else the model is put into eval mode.
             config: used instead of the one in the folder.
@@ -103,16 +103,22 @@ class StoredModel:
             strict: refuse keys that the model does not know.
 
         Raises:
-            CheckpointError, ValueError: files that are missing, damaged or foreign, or do not fit the model.
+            CheckpointError, ValueError: files that are missing, damaged or foreign, or do not fit the model; a
+                model that is wrapped, or an older adapter of this name in a module that the loaded one does not reach.
         """
-        if has_adapters(model):
-            raise ValueError("model: has adapters already; load_adapter() adds another, unload() removes them")
+        has_others = has_adapters(model)
         check_adapter_name(adapter_name)
         given = config
         config, tensors = read_adapter(model, model_id, config, device=torch_device, key_mapping=key_mapping, **source)
         config.inference_mode = not is_trainable
+        targets = find_targets(model, config)
+        if has_others:
+            check_takes_over(model, adapter_name, targets)
+            if strict or ignore_mismatched_sizes:
+                raise ValueError("model: has adapters already, which strict and ignore_mismatched_sizes do not allow")
+            warnings.warn("Already found adapters in the model; those of other names stay, inactive", stacklevel=2)
         if not ignore_mismatched_sizes:
-            check_tensors(tensors, expected_shapes(find_targets(model, config)))
+            check_tensors(tensors, expected_shapes(targets))
         trained = [(p, p.requires_grad) for p in model.parameters()]
         modes = [(module, module.training) for module in model.modules()]
         kind = cls.class_for(config)
@@ -120,7 +126,10 @@ class StoredModel:
         try:
             peft_model._finish_load(adapter_name, tensors, is_trainable, strict, ignore_mismatched_sizes)
         except BaseException:
-            peft_model.base_model.unload()
+            if has_others:
+                peft_model.base_model.delete_adapter(adapter_name)
+            else:
+                peft_model.base_model.unload()
             for parameter, trains in trained:
                 parameter.requires_grad_(trains)
             for module, mode in modes:

@@ -51,6 +51,8 @@ class LoraModel(TunerFacts, ModelChoosing, ModelMerging, ModelCombining, nn.Modu
         )
         if before:
             self.set_adapter(adapter_name, config.inference_mode)
+        if not hasattr(type(self.model), "peft_config"):  # a PeftModel has its own
+            self.model.peft_config = self.peft_config  # as in PEFT: libraries look for it
 
     def _take_over(self, parts, config, adapter_name):
         """Adapters that the model has already stay, but where the new one takes the place of one of its name."""
@@ -61,7 +63,8 @@ class LoraModel(TunerFacts, ModelChoosing, ModelMerging, ModelCombining, nn.Modu
             part._rows = self._rows
             if id(part) in taken and (isinstance(part, AuxiliaryTrainingWrapper) or adapter_name in part.r):
                 part.delete_adapter(adapter_name)
-        self.peft_config = {n: c for n, c in getattr(self.model, "peft_config", {}).items() if n != adapter_name}
+        self.peft_config = self.model.__dict__.get("peft_config", {})
+        self.peft_config.pop(adapter_name, None)
         return targets
 
     @classmethod
@@ -315,6 +318,7 @@ class LoraModel(TunerFacts, ModelChoosing, ModelMerging, ModelCombining, nn.Modu
         for module, attribute, value in self._fused:
             setattr(module, attribute, value)
         self._fused = []
+        self.model.__dict__.pop("peft_config", None)
         return self.model
 
 
@@ -323,3 +327,23 @@ def has_adapters(model):
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     return any(isinstance(module, (LoraModel, LoraLayer)) for module in model.modules())
+
+
+def check_takes_over(model, adapter_name, targets):
+    """ValueError where an adapter that is loaded would take part beside an older one of its name: one in a model that
+    is wrapped, or in a module that the loaded one does not reach."""
+    if any(isinstance(module, LoraModel) for module in model.modules()):
+        raise ValueError("model: has adapters already; load_adapter() adds another, unload() removes them")
+    taken = {id(module) for module in [*(t.module for t in targets.lora), *(m for _, m in targets.saved)]}
+    left = [
+        name
+        for name, part in model.named_modules()
+        if id(part) not in taken
+        and adapter_name in (part.r if isinstance(part, LoraLayer) else getattr(part, "_adapters", ()))
+    ]
+    if left:
+        raise ValueError(
+            f"model: has adapters already, one of the name {adapter_name!r} where the loaded one has none "
+            f"({', '.join(left[:5])}{', ...' if left[5:] else ''}): both would take part; unload() removes them, "
+            "another adapter_name keeps them apart"
+        )

@@ -35,18 +35,33 @@ def test_a_list_of_adapters_on_the_wrapped_model():
     torch.testing.assert_close(models[1](token_ids()), models[0](token_ids()), rtol=1e-4, atol=1e-5)
 
 
-def test_loading_onto_a_wrapped_model_is_refused(tmp_path):
+def test_loading_beside_an_older_adapter_of_the_name_is_refused(tmp_path):
     for package in (peft, lk):
         model, wrapper = tiny(), wrapped(package)
         wrapper.save_pretrained(tmp_path / package.__name__)
-        before = wrapped(package, model, target_modules=["head"])(token_ids())
+        before = wrapped(package, model, target_modules=["head", "q_proj"])(token_ids())
         if package is peft:
             loaded = peft.PeftModel.from_pretrained(model, tmp_path / "peft")
             assert not torch.allclose(loaded(token_ids()), wrapper(token_ids()))  # the adapter of head takes part
         else:
-            with pytest.raises(ValueError, match="has adapters already"):
+            with pytest.raises(ValueError, match=r"has adapters already, one of the name 'default' .*\(head\)"):
                 lk.PeftModel.from_pretrained(model, tmp_path / "lora_kernels")
             assert torch.equal(model(token_ids()), before)
+
+
+def test_loading_onto_a_wrapped_model_is_refused(tmp_path):
+    """PEFT finds none of the tensors in a wrapper's wrapper, and says so in a warning alone."""
+    for package in (peft, lk):
+        wrapper = wrapped(package)
+        wrapper.save_pretrained(tmp_path / package.__name__)
+        expected, inner = wrapper(token_ids()), wrapped(package, r=2)
+        if package is peft:
+            assert not torch.allclose(peft.PeftModel.from_pretrained(inner, tmp_path / "peft")(token_ids()), expected)
+        else:
+            before = inner(token_ids())
+            with pytest.raises(ValueError, match="has adapters already"):
+                lk.PeftModel.from_pretrained(inner, tmp_path / "lora_kernels")
+            assert torch.equal(inner(token_ids()), before)
 
 
 def test_biases_of_b_are_summed_in_combinations():

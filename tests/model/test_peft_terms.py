@@ -101,6 +101,56 @@ def test_wrapping_a_wrapped_model_warns_and_starts_its_adapter_anew(package):
     torch.testing.assert_close(again.eval()(token_ids()), tiny().eval()(token_ids()))
 
 
+@BOTH
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_loading_into_a_base_that_has_adapters(package, name, tmp_path):
+    """One of its name is replaced, another stays and is not active."""
+    base = tiny()
+    saved = wrapped(package, target_modules=["q_proj", "v_proj"], modules_to_save=["head"])
+    saved.save_pretrained(tmp_path)
+    old = randomize(package.get_peft_model(base, package.LoraConfig(target_modules=["q_proj"], r=2)))
+    kept = old.base_model.model.layers[0].q_proj.lora_A["default"].weight.clone()
+    with pytest.warns(UserWarning, match="Already found"):
+        loaded = package.PeftModel.from_pretrained(base, tmp_path, name)
+    assert loaded.active_adapter == name
+    torch.testing.assert_close(loaded.eval()(token_ids()), saved.eval()(token_ids()))
+    layer = loaded.base_model.model.layers[0].q_proj
+    assert set(layer.r) == {"default", name} == set(loaded.peft_config)
+    if name == "other":
+        assert torch.equal(layer.lora_A["default"].weight, kept)
+    if name == "default" or package is lk:  # PEFT leaves the old one to train, though nothing computes with it
+        assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_a_failing_load_into_a_base_that_has_adapters_leaves_them(tmp_path, monkeypatch):
+    wrapped(lk).save_pretrained(tmp_path)
+    base = tiny()
+    old = randomize(lk.get_peft_model(base, lk.LoraConfig(target_modules=["q_proj"], r=2))).eval()
+    before = old(token_ids())
+
+    def broken(*args, **kwargs):
+        raise OSError("no more")
+
+    monkeypatch.setattr("lora_kernels.stored.set_peft_model_state_dict", broken)
+    with pytest.warns(UserWarning, match="Already found"), pytest.raises(OSError, match="no more"):
+        lk.PeftModel.from_pretrained(base, tmp_path, "other")
+    assert torch.equal(old.eval()(token_ids()), before)
+    for layer in old.base_model.lora_layers():
+        assert "other" not in layer.r
+    assert any(p.requires_grad for p in old.parameters())
+
+
+@BOTH
+def test_the_base_tells_of_its_adapters_until_they_are_unloaded(package):
+    base = tiny()
+    model = package.get_peft_model(base, package.LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.warns(UserWarning, match="for a second time"):
+        again = package.get_peft_model(base, package.LoraConfig(target_modules=["v_proj"], r=2), "other")
+    assert base.peft_config is model.peft_config is again.peft_config
+    assert list(base.peft_config) == ["default", "other"]
+    assert not hasattr(again.unload(), "peft_config")
+
+
 def test_wrapping_a_peft_model_nests_and_both_adapters_take_part():
     outputs = []
     for package in (peft, lk):
