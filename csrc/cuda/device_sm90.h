@@ -44,16 +44,24 @@ __device__ __forceinline__ void arrive_expect(uint64_t* barrier, uint32_t bytes)
       "r"(bytes)
       : "memory");
 }
+// A wait that does not end in many seconds is a fault of the kernel: the launch fails, and no GPU
+// hangs.
 __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
+  const uint32_t address = shared_address(barrier);
+  for (uint32_t tries = 0;; ++tries) {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+    if (done != 0) return;
+    if (tries == 1u << 28) asm volatile("trap;");
+  }
 }
 // `threads` threads meet; 0 is the barrier of __syncthreads.
 __device__ __forceinline__ void sync_some(int barrier, int threads) {

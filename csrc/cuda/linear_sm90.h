@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(Ring::kThreads, 1)
   __shared__ typename Ring::State state;
   __shared__ Sm90Slots slots;
   const Ring ring = Ring::start(&state);
-  const int group = static_cast<int>(threadIdx.x) / 128;
+  // Through a shuffle the compiler knows that it is one for the warp.
+  const int group = static_cast<int>(__shfl_sync(0xffffffffu, threadIdx.x / 128, 0));
   // Of 168 a thread.
   if (group == 0) {
     device::give_registers<104>();

@@ -35,6 +35,7 @@ struct Sm90Ring {
     UpdateInfo update[kStages];
   };
   uint8_t* stages;
+  uint32_t address;  // of the stages, in shared memory
   State* state;
 
   __device__ uint8_t* stage(uint32_t n) const { return stages + n % kStages * kStageBytes; }
@@ -49,7 +50,8 @@ struct Sm90Ring {
   __device__ static Sm90Ring start(State* state) {
     uint8_t* const shared = device::dynamic_shared();
     const uint32_t past = device::shared_address(shared) % maps::kPatternBytes;
-    const Sm90Ring ring = {shared + (maps::kPatternBytes - past) % maps::kPatternBytes, state};
+    uint8_t* const stages = shared + (maps::kPatternBytes - past) % maps::kPatternBytes;
+    const Sm90Ring ring = {stages, device::shared_address(stages), state};
     if (threadIdx.x == 0) {
       for (int i = 0; i < kStages; ++i) {
         device::barrier_init(ring.full(i), 1);
@@ -97,9 +99,10 @@ struct Sm90Ring {
   // acc += 64 rows times 2 kSums columns, from col0 of the tile on, of 16 of the step's sum.
   template <int kSums>
   __device__ void multiply(uint32_t n, int consumer, int col0, int k, float (&acc)[kSums]) const {
-    const uint32_t left = device::shared_address(stage(n)) + consumer * 64 * maps::kRowBytes;
-    const uint32_t right = device::shared_address(stage(n)) + kLeftBytes +
-                           col0 * (kTurned ? kStep / 64 : 1) * maps::kRowBytes;
+    const uint32_t begin = address + n % kStages * kStageBytes;
+    const uint32_t left = begin + consumer * 64 * maps::kRowBytes;
+    const uint32_t right = begin + kLeftBytes + col0 * maps::kRowBytes;
+    static_assert(!kTurned || kStep == 64, "64 columns across the sum take as much as along it");
     device::multiply_tile<T, kTurned>(
         acc, maps::rows_descriptor(left) + k * maps::kNextInRows,
         kTurned ? maps::boxes_descriptor(right, kStep) + k * maps::kNextInBoxes
