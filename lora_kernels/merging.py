@@ -60,7 +60,8 @@ class ModelMerging:
         """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names: expected a list of str, got {adapter_names!r}")
-        layers = self._merging()
+        weighted = self._weighted()
+        layers = self._merging(weighted)
         merged = {n for layer in layers for n in layer.merged_adapters}
         names = list(self._active if adapter_names is None else adapter_names)
         self._known(names)
@@ -88,6 +89,7 @@ class ModelMerging:
         self._all_or_none(
             list(work),
             lambda layer: layer.merge(adapter_names=work[layer], exact=exact),
+            weighted,
             progressbar,
             together=None if one_by_one else _Sums(work, ops.merge_list_, "sum_to_merge", "note_merged"),
         )
@@ -103,7 +105,8 @@ class ModelMerging:
         """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names: expected a list of str, got {adapter_names!r}")
-        layers = [layer for layer in self._merging() if layer.merged]
+        weighted = self._weighted()
+        layers = [layer for layer in self._merging(weighted) if layer.merged]
         if adapter_names is not None:
             names = list(dict.fromkeys(adapter_names))
             self._known(names)
@@ -114,7 +117,7 @@ class ModelMerging:
         merged = {layer: list(layer.merged_adapters) for layer in layers}
         work = {x: m if adapter_names is None else [n for n in names if n in m] for x, m in merged.items()}
         sums = _Sums(work, ops.unmerge_list_, "sum_to_take_out", "note_taken_out")
-        self._all_or_none(layers, lambda layer: layer.unmerge(work[layer]), together=sums)
+        self._all_or_none(layers, lambda layer: layer.unmerge(work[layer]), weighted, together=sums)
 
     def switch_adapter(self, adapter_name, new=None):
         """``switch_adapter("new")`` replaces all that is merged, ``switch_adapter("old", "new")`` one merged adapter.
@@ -128,7 +131,8 @@ class ModelMerging:
         """
         old, new = (None, adapter_name) if new is None else (adapter_name, new)
         self._known([new] if old is None else [old, new])
-        layers = self._merging()
+        weighted = self._weighted()
+        layers = self._merging(weighted)
         merged = [layer for layer in layers if layer.merged]
         if not merged:
             raise ValueError("switch_adapter: no adapter is merged; call merge_adapter() first")
@@ -164,10 +168,13 @@ class ModelMerging:
                 one._active_adapter = list(active)
             self._active = active
 
-        self._all_or_none(layers, switch, finish=activate)
+        self._all_or_none(layers, switch, weighted, finish=activate)
 
-    def _all_or_none(self, layers, action, progressbar=False, finish=lambda: None, together=None):
-        """``action`` on each of ``layers``; what ``together``, a :class:`_Sums`, can do at once it does first."""
+    def _all_or_none(self, layers, action, weighted, progressbar=False, finish=lambda: None, together=None):
+        """``action`` on each of ``layers``; what ``together``, a :class:`_Sums`, can do at once it does first.
+
+        ``weighted``: :meth:`_weighted`, of which those that share a weight with others get it back where they can.
+        """
 
         def named(layer):
             try:
@@ -192,16 +199,17 @@ class ModelMerging:
         try:
             all_or_none(layers, step, finish)
         finally:
-            rejoin(self._weighted())
+            rejoin(weighted)
 
     def _weighted(self):
         """The layers whose adapters change a weight: LoRA layers, and those of token rows."""
         parts = [p.token_adapter if isinstance(p, TrainableTokensWrapper) else p for p in self._parts()]
         return [p for p in parts if isinstance(p, (LoraLayer, TrainableTokensLayer))]
 
-    def _merging(self):
+    def _merging(self, weighted=None):
         """Of the layers whose adapters change a weight, one for each set of rows that tied layers share."""
-        return [x for x in self._weighted() if isinstance(x, LoraLayer) or x.holder is x]
+        weighted = self._weighted() if weighted is None else weighted
+        return [x for x in weighted if isinstance(x, LoraLayer) or x.holder is x]
 
     def _path(self, layer):
         return next(path for path, module in named_modules(self.model) if module is layer)

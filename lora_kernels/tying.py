@@ -12,7 +12,6 @@ from torch import nn
 
 from .layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
 from .names import EMBEDDING_NAMES, below, has_suffix, model_config, module_names, name_of
-from .walk import each_path
 
 
 @dataclass
@@ -152,8 +151,8 @@ model = AutoModelForCausalLM.from_pretrained(untied_model_dir)
 
 def warn_of_tied_targets(tuner):
     """As PEFT does before merging: what is merged into an embedding is no longer in the head that is tied to it."""
-    embeddings = [n for _, n, m in each_path(tuner.model) if n in EMBEDDING_NAMES and isinstance(m, LoraLayer)]
-    if not embeddings or not model_config(tuner.model).get("tie_word_embeddings"):
+    named = any(name.rpartition(".")[2] in EMBEDDING_NAMES for name in tuner.targeted_module_names)
+    if not named or not model_config(tuner.model).get("tie_word_embeddings"):
         return
     paths = [name for name, module in module_names(tuner.model).items() if isinstance(module, LoraLayer)]
     tied_target_modules = [name for name in paths if name.split(".")[-1] in EMBEDDING_NAMES]

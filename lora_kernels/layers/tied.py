@@ -68,6 +68,8 @@ def part(layers, model):
     What was merged into the shared weight would change what the others compute.
     """
     weights = {layer: layer.get_base_layer()._parameters.get(layer.weight_name) for layer in layers}
+    if _each_used_once({id(weight) for weight in weights.values()}, model):
+        return
     users = {id(weight): {} for weight in weights.values()}  # of each weight and of each module: the layers around it,
     used = {}  # or it itself
     for parent, name, module in each_path(model):
@@ -83,6 +85,25 @@ def part(layers, model):
             own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
             for one in family:
                 _give(one, own, len(used.get(id(one.get_base_layer()), ())) > 1)
+
+
+def _each_used_once(weights, model):
+    """Whether each of the parameters (by id) is reached on one path alone, as in most models: cheaper to see than who
+    uses them."""
+    left, stack = set(weights), [model]
+    while stack:
+        module = stack.pop()
+        for parameter in module._parameters.values():
+            if id(parameter) in weights:
+                if id(parameter) not in left:
+                    return False
+                left.remove(id(parameter))
+        children = module._modules
+        if "lora_A" in children:
+            stack.append(children["base_layer"])
+        elif children:
+            stack.extend([child for child in children.values() if child is not None])
+    return True
 
 
 def _give(layer, weight, module_is_shared):

@@ -116,9 +116,17 @@ def register_cuda(kernels):
         _library.impl(name, kernel, "CUDA")
 
 
+_with_cpu_kernel = set()  # a kernel that is registered stays
+
+
 def has_cpu_kernel(name):
     """Whether a C++ kernel of the op is registered for CPU tensors."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
+    if name in _with_cpu_kernel:
+        return True
+    found = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
+    if found:
+        _with_cpu_kernel.add(name)
+    return found
 
 
 def has_cuda_kernel(name):

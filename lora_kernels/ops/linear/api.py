@@ -118,10 +118,10 @@ def _write(out, x, x2, weight, bias, lora_a, lora_b, scaling, dropout_p, out_spl
     return out
 
 
-def mark_written(tensor):
-    """Bumps the version counter, which an op marked ``Tensor(a!)`` does not do by itself."""
-    if not torch.compiler.is_compiling() and not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)
+def mark_written(*tensors):
+    """Bumps the version counters, which an op marked ``Tensor(a!)`` does not do by itself."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def lora_add_(y, x, lora_a, lora_b, scaling, *, dropout_p=0.0, dropout_seed=None):

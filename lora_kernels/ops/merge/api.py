@@ -101,8 +101,7 @@ def _apply_list(weights, adapters, sign):
         if checks_itself:
             _check_terms(terms)
         raise
-    for weight in weights:
-        mark_written(weight)
+    mark_written(*weights)
 
 
 def _check_terms(terms):
@@ -143,6 +142,8 @@ def _takes_lists(weight):
 def _span(weight):
     """First and one past the last address of a weight."""
     start, size = weight.data_ptr(), weight.element_size()
+    if weight.is_contiguous():
+        return start, start + weight.nbytes
     last = sum((n - 1) * stride for n, stride in zip(weight.shape, weight.stride(), strict=True))
     last = last if weight.numel() else -1
     return start, start + (last + 1) * size
