@@ -87,7 +87,7 @@ def test_several_adapters(shape, slots, segments):
     assert_within_budget(clean, eager_multi(case), exact_multi(case))
     assert all(torch.equal(run(), clean) for _ in range(20))
     base, others = case.token_slots == -1, case.token_slots != 2
-    nothing = (case.a_bank[0, :0], case.b_bank[0, :, :0], torch.zeros((), device="cuda"))
+    nothing = (torch.zeros_like(case.a_bank[0]), torch.zeros_like(case.b_bank[0]), torch.zeros((), device="cuda"))
     assert torch.equal(clean[base], lk.ops.lora_linear(case.x, case.weight, case.bias, *nothing)[base])
     case.a_bank[2], case.b_bank[2] = torch.inf, torch.nan
     assert torch.equal(run()[others], clean[others])
