@@ -29,16 +29,7 @@ LK_INLINE int64_t row_of(const GradJob& job, int64_t m) { return job.rows ? job.
 
 // Mask bits of columns [k, k + n), k a multiple of 8.
 LK_INLINE uint32_t mask_bits(const GradJob& job, int64_t row, int64_t k, int n) {
-  const uint8_t* p = job.mask + row * job.mask_stride + k / 8;
-  uint32_t bits = 0;
-  if (n == 32) {
-    std::memcpy(&bits, p, 4);
-  } else if (n == 16) {
-    std::memcpy(&bits, p, 2);
-  } else {
-    for (int i = 0; i < (n + 7) / 8; i++) bits |= static_cast<uint32_t>(p[i]) << (8 * i);
-  }
-  return bits;
+  return load_bits(job.mask + row * job.mask_stride + k / 8, n);
 }
 
 // One row at a time, as floats; g is read where it is.

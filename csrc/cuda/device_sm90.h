@@ -148,33 +148,26 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[kSums], uint64_t left
   "{\n.reg .pred add;\nsetp.ne.b32 add, %" #one_at ", 0;\nwgmma.mma_async.sync.aligned." shape \
   ".f32." name "." name " {" sums "}, %" #left_at ", %" #right_at ", add, 1, 1, 0, " #turned   \
   ";\n}\n"
-#define LK_PRODUCTS(T, name, turned)                                                              \
-  template <>                                                                                     \
-  __device__ __forceinline__ void multiply_tile<T, turned, 32>(float (&acc)[32], uint64_t left,   \
-                                                               uint64_t right) {                  \
-    asm volatile(LK_PRODUCT("m64n64k16", name, LK_TO_32, turned, 32, 33, 34)                      \
-                 : LK_SUM32(0)                                                                    \
-                 : "l"(left), "l"(right), "r"(1));                                                \
-  }                                                                                               \
-  template <>                                                                                     \
-  __device__ __forceinline__ void multiply_tile<T, turned, 64>(float (&acc)[64], uint64_t left,   \
-                                                               uint64_t right) {                  \
-    asm volatile(LK_PRODUCT("m64n128k16", name, LK_TO_64, turned, 64, 65, 66)                     \
-                 : LK_SUM64(0)                                                                    \
-                 : "l"(left), "l"(right), "r"(1));                                                \
-  }                                                                                               \
-  template <>                                                                                     \
-  __device__ __forceinline__ void multiply_tile<T, turned, 128>(float (&acc)[128], uint64_t left, \
-                                                                uint64_t right) {                 \
-    asm volatile(LK_PRODUCT("m64n256k16", name, LK_TO_128, turned, 128, 129, 130)                 \
-                 : LK_SUM64(0), LK_SUM64(64)                                                      \
-                 : "l"(left), "l"(right), "r"(1));                                                \
+#define LK_PRODUCTS_OF(T, name, turned, count, shape, sums, outs, left_at, right_at, one_at)       \
+  template <>                                                                                      \
+  __device__ __forceinline__ void multiply_tile<T, turned, count>(float (&acc)[count],             \
+                                                                  uint64_t left, uint64_t right) { \
+    asm volatile(LK_PRODUCT(shape, name, sums, turned, left_at, right_at, one_at)                  \
+                 : outs                                                                            \
+                 : "l"(left), "l"(right), "r"(1));                                                 \
   }
+#define LK_BOTH LK_SUM64(0), LK_SUM64(64)
+#define LK_PRODUCTS(T, name, turned)                                                   \
+  LK_PRODUCTS_OF(T, name, turned, 32, "m64n64k16", LK_TO_32, LK_SUM32(0), 32, 33, 34)  \
+  LK_PRODUCTS_OF(T, name, turned, 64, "m64n128k16", LK_TO_64, LK_SUM64(0), 64, 65, 66) \
+  LK_PRODUCTS_OF(T, name, turned, 128, "m64n256k16", LK_TO_128, LK_BOTH, 128, 129, 130)
 LK_PRODUCTS(bf16, "bf16", 0)
 LK_PRODUCTS(bf16, "bf16", 1)
 LK_PRODUCTS(f16, "f16", 0)
 LK_PRODUCTS(f16, "f16", 1)
 #undef LK_PRODUCTS
+#undef LK_BOTH
+#undef LK_PRODUCTS_OF
 #undef LK_PRODUCT
 #undef LK_TO_128
 #undef LK_TO_64
