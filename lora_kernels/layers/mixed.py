@@ -5,6 +5,7 @@ plans of rows are built once a batch and shape, and used by all layers. No layer
 """
 
 import contextlib
+import threading
 
 import torch
 from torch import nn
@@ -16,11 +17,14 @@ BASE = "__base__"
 _SAVED_KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class Rows:
-    """What the layers of a model share: the batch that is running, or None."""
+class Rows(threading.local):
+    """What the layers of a model share: the batch that is running, or None; each thread has its own."""
 
     def __init__(self):
         self.batch = None
+
+    def __reduce__(self):  # a copy or a pickle of a model has no batch running
+        return Rows, ()
 
     @contextlib.contextmanager
     def hold(self, batch):
@@ -109,19 +113,21 @@ def run_lora(layer, batch, x, *args, **kwargs):
 
 def by_group(layer, batch, x, *args, **kwargs):
     """Any kind of layer: each adapter's samples through the layer's own forward."""
-    active, rows = layer._active_adapter, layer._rows
     groups, inverse = batch.groups(x)
     parts = []
-    try:
-        layer._rows = Rows()
-        for name, indices in groups:
-            layer._active_adapter = [] if name == BASE else [name]
-            layer._reroute()
-            parts.append(layer.forward(x[indices], *args, **kwargs))
-    finally:
-        layer._active_adapter, layer._rows = active, rows
-        layer._reroute()
+    for name, indices in groups:
+        one = _with_one_active(layer, [] if name == BASE else [name])
+        parts.append(type(one).forward(one, x[indices], *args, **kwargs))
     return torch.cat(parts)[inverse]
+
+
+def _with_one_active(layer, names):
+    """The layer as it is with these adapters active: another object on the same modules, as the layer itself may be
+    running in another thread."""
+    one = type(layer).__new__(type(layer))
+    one.__dict__.update(layer.__dict__, _active_adapter=names, _rows=Rows(), _group=None)
+    one._reroute()
+    return one
 
 
 def run_saved(wrapper, batch, x, *args, **kwargs):

@@ -1,6 +1,7 @@
 """Mixed batches: each row's own adapter, against PEFT and against each adapter alone."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -139,3 +140,34 @@ def test_generate(kind, beams):
         plain = torch.stack(made.generate(input_ids=token_ids(), **options).logits)
         assert not torch.allclose(plain, found[-1])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+class _Kinds(nn.Module):
+    """Layers that take a mixed batch in one call, and layers that take each adapter's samples by themselves."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.conv = nn.Embedding(11, 16), nn.Conv1d(16, 16, 3, padding=1)
+        self.q_proj, self.head = nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, ids):
+        return self.head(self.q_proj(self.conv(self.embed(ids).mT).mT))
+
+
+def test_threads_have_batches_of_their_own():
+    """Forwards of several threads at once, mixed and not: each as if alone, and nothing is left behind."""
+    kinds = lk.get_peft_model(_Kinds(), lk.LoraConfig(r=4, target_modules=["embed", "conv", "q_proj"]))
+    kinds.add_adapter("b", lk.LoraConfig(r=2, target_modules=["conv", "q_proj", "head"]))
+    randomize(kinds).eval()
+    batches = [NAMES, None, ["b"] * 3, ["__base__", "default", "b"], None, ["default", "b", "b"]]
+
+    def run(names):
+        with torch.no_grad():
+            return kinds(token_ids(), adapter_names=names)
+
+    expected = [run(names) for names in batches]
+    with ThreadPoolExecutor(len(batches)) as pool:
+        for _ in range(40):
+            assert all(map(torch.equal, pool.map(run, batches), expected))
+    assert torch.equal(run(None), expected[1])
