@@ -99,6 +99,8 @@ class AdapterPool:
     def batch(self, names):
         """Within the block, row i of each batch runs with adapter ``names[i]``; None is the base model.
 
+        As ``torch.no_grad``, of the thread that enters it: several threads can run batches of their own at once.
+
         Raises:
             ValueError: a name that is not resident.
         """

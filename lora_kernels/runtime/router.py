@@ -1,12 +1,14 @@
 """``Router``: which slot each row of the current batch takes, shared by all layers of a pool."""
 
+import threading
+
 import torch
 
 from .. import ops
 
 
-class Router:
-    """Slots of the batch rows, and the plans made from them, one for each number of tokens.
+class Router(threading.local):
+    """Slots of the batch rows, and the plans made from them, one for each number of tokens; each thread has its own.
 
     The rows of a batch may be sequences: a layer's input of ``batch × T`` rows takes each slot T times over.
     Layers read only static tensors, so a compiled model follows the next batch without recompiling.
@@ -18,6 +20,9 @@ class Router:
         self.batch_size = 0
         self._slots = {}
         self._plans = {}
+
+    def __reduce__(self):  # a copy or a pickle of a model has no batch running
+        return Router, (self.num_slots, self.device)
 
     def start(self, slots):
         """Routes the rows of the next batches to ``slots``."""

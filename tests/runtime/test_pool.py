@@ -1,6 +1,7 @@
 """AdapterPool: each row of a batch equals the model with that row's adapter alone."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -176,6 +177,24 @@ def test_bad_input(served, tmp_path):
         with pytest.raises(RuntimeError, match="do not nest"), pool.batch(["a"]):
             pass
     assert torch.equal(pool.model(x), alone[None](x))
+
+
+def test_threads_run_batches_of_their_own(served):
+    pool, _ = served
+    x = torch.randn(6, 24)
+    batches = [["a", "b", "c", None, "a", "b"], ["c"] * 6, None, ["b", None] * 3, ["a"] * 6, None]
+
+    def run(names):
+        with torch.no_grad():
+            if names is None:
+                return pool.model(x)
+            with pool.batch(names):
+                return pool.model(x)
+
+    expected = [run(names) for names in batches]
+    with ThreadPoolExecutor(len(batches)) as threads:
+        for _ in range(30):
+            assert all(map(torch.equal, threads.map(run, batches), expected))
 
 
 def test_unfit_checkpoints_leave_the_pool_alone(served, tmp_path):
