@@ -12,6 +12,7 @@ from torch import nn
 from .. import ops
 from ..layers.linear import _unhooked
 from ..layers.parameter import stacks, swapped
+from ..layers.turn import in_turn
 from ..ops.dora.api import row_norm
 from ..ops.linear.api import autocast_dtype
 from ..ops.multi.api import run
@@ -280,7 +281,7 @@ class ParamWrapper(peft_layers.ParamWrapper):
         terms = None if special else self._terms()
         if terms is None:
             return super().forward(*args, **kwargs)
-        with swapped(self.get_base_layer(), self.parameter_name, terms):
+        with in_turn(), swapped(self.get_base_layer(), self.parameter_name, terms):
             return self.base_layer(*args, **kwargs)
 
     def _terms(self):

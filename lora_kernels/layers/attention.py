@@ -11,6 +11,7 @@ from ..ops.wide import wide
 from .base import LoraLayer, factor_keys
 from .linear import LoraLinear
 from .scaling import scaling_buffer
+from .turn import in_turn
 
 
 class LoraAttention(LoraLayer):
@@ -118,12 +119,16 @@ class LoraAttention(LoraLayer):
         base = self.base_layer
         if self._rows.batch is not None or "adapter_names" in kwargs:
             raise TypeError("lora.MultiheadAttention does not support mixed adapter batches.")
-        weights = {"in_proj_weight": updated_weight(self), "out_proj.base_layer.weight": updated_weight(base.out_proj)}
-        weights = {name: weight for name, weight in weights.items() if weight is not None}
-        if not weights:
-            return base(query, *args, **kwargs)
-        with _found(base, weights):
-            return torch.func.functional_call(base, weights, (query, *args), kwargs)
+        with in_turn():  # reading the weights, too: another thread may have put its own there
+            weights = {
+                "in_proj_weight": updated_weight(self),
+                "out_proj.base_layer.weight": updated_weight(base.out_proj),
+            }
+            weights = {name: weight for name, weight in weights.items() if weight is not None}
+            if not weights:
+                return base(query, *args, **kwargs)
+            with _found(base, weights):
+                return torch.func.functional_call(base, weights, (query, *args), kwargs)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from ..initial import DENSE_INITS, PLAIN_INITS
 from .base import LoraLayer, factor_keys
 from .low_rank import low_rank, whole
 from .scaling import scaling_buffer
+from .turn import in_turn
 
 SMALL = 2**16  # elements; below it the updated parameter costs less than keeping it apart
 
@@ -118,7 +119,7 @@ class LoraParameter(LoraLayer):
         for name, sign in self._terms:
             scale = self._buffers[scaling_buffer(name)] if sign > 0 else -self._merged[name]
             terms.append((*self._stacks(name), scale))
-        with swapped(self.get_base_layer(), self.weight_name, terms):
+        with in_turn(), swapped(self.get_base_layer(), self.weight_name, terms):
             return self.base_layer(*args, **kwargs)
 
 

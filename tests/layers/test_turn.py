@@ -1,0 +1,34 @@
+"""Layers that change their module for the time of a call, called from several threads at once."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import lora_kernels as lk
+
+from . import parameter_cases, test_attention
+from .oracle import randomize
+
+CASES = {
+    "attention": (test_attention.Model, test_attention.CONFIG, (2, 5, 12)),
+    "parameters": (parameter_cases.Model, parameter_cases.BOTH, (7, 5)),
+    "parameters, in full": (lambda: parameter_cases.Model("arbitrarily"), parameter_cases.BOTH, (7, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_threads_do_not_disturb_each_other(kind):
+    make, config, shape = CASES[kind]
+    torch.manual_seed(0)
+    model = randomize(lk.get_peft_model(make(), lk.LoraConfig(**config))).eval()
+    inputs = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+
+    def run(x):
+        with torch.no_grad():
+            return model(x)
+
+    expected = [run(x) for x in inputs]
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        for _ in range(60):
+            assert all(map(torch.equal, pool.map(run, inputs), expected))
