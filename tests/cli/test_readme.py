@@ -30,7 +30,7 @@ def test_commands_and_variables_are_listed():
 
 
 def test_figures_are_those_of_the_results():
-    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "bench" / "readme_table.py")
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "bench" / "figures.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.main(["--check"]) == 0
