@@ -281,7 +281,7 @@ class ParamWrapper(peft_layers.ParamWrapper):
         terms = None if special else self._terms()
         if terms is None:
             return super().forward(*args, **kwargs)
-        with in_turn(), swapped(self.get_base_layer(), self.parameter_name, terms):
+        with in_turn(self.get_base_layer()), swapped(self.get_base_layer(), self.parameter_name, terms):
             return self.base_layer(*args, **kwargs)
 
     def _terms(self):

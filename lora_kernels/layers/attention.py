@@ -119,14 +119,12 @@ class LoraAttention(LoraLayer):
         base = self.base_layer
         if self._rows.batch is not None or "adapter_names" in kwargs:
             raise TypeError("lora.MultiheadAttention does not support mixed adapter batches.")
-        with in_turn():  # reading the weights, too: another thread may have put its own there
-            weights = {
-                "in_proj_weight": updated_weight(self),
-                "out_proj.base_layer.weight": updated_weight(base.out_proj),
-            }
-            weights = {name: weight for name, weight in weights.items() if weight is not None}
-            if not weights:
-                return base(query, *args, **kwargs)
+        changed = {"in_proj_weight": self, "out_proj.base_layer.weight": base.out_proj}
+        changed = {name: layer for name, layer in changed.items() if layer._terms}
+        if not changed:
+            return base(query, *args, **kwargs)
+        with in_turn(base):  # reading the weights, too: another thread may have put its own there
+            weights = {name: updated_weight(layer) for name, layer in changed.items()}
             with _found(base, weights):
                 return torch.func.functional_call(base, weights, (query, *args), kwargs)
 
@@ -151,12 +149,10 @@ def _found(module, names):
 
 
 def updated_weight(layer):
-    """A copy of the weight with the updates that ``forward`` adds, differentiable; None where there are none.
+    """A copy of the weight with the updates that ``forward`` adds, differentiable.
 
     Added in float32 (float64 of a float64 weight) and rounded once.
     """
-    if not layer._terms:
-        return None
     weight = layer.weight
     total = wide(weight)
     for name, sign in layer._terms:

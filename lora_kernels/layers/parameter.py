@@ -119,7 +119,7 @@ class LoraParameter(LoraLayer):
         for name, sign in self._terms:
             scale = self._buffers[scaling_buffer(name)] if sign > 0 else -self._merged[name]
             terms.append((*self._stacks(name), scale))
-        with in_turn(), swapped(self.get_base_layer(), self.weight_name, terms):
+        with in_turn(self.get_base_layer()), swapped(self.get_base_layer(), self.weight_name, terms):
             return self.base_layer(*args, **kwargs)
 
 

@@ -2,12 +2,22 @@
 
 import contextlib
 import threading
+import weakref
 
 import torch
 
-_turn = threading.RLock()  # a module that calls itself, or another of the kind, goes on
+_turns = weakref.WeakKeyDictionary()  # {module: its lock}; not on the module, which is copied and pickled
+_guard = threading.Lock()
 
 
-def in_turn():
-    """A context for one thread at a time; what is compiled has no threads to keep apart while it is traced."""
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else _turn
+def in_turn(module):
+    """A context for one thread at a time of ``module``, which may call itself in it.
+
+    What is compiled has no threads to keep apart while it is traced.
+    """
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    with _guard:
+        if (turn := _turns.get(module)) is None:
+            turn = _turns[module] = threading.RLock()
+    return turn
