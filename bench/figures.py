@@ -61,9 +61,9 @@ def _headline(found, case):
 def everything(folder):
     """docs/figures.md: a chapter a file."""
     head = (
-        "# Figures\n\nWritten by `python bench/figures.py` from `bench/results/`. Times are the best of many, the sides in "
-        "turn in one run; base is the product or model without adapters, `addmm_` its update by torch, in place, limit "
-        "what the added FLOPs cost at the base's speed. `python -m lora_kernels bench --suite targets`, "
+        "# Figures\n\nWritten by `python bench/figures.py` from `bench/results/`. Times are the best of many, the sides "
+        "in turn in one run; base is the product or model without adapters, `addmm_` its update by torch, in place, "
+        "limit what the added FLOPs cost at the base's speed. `python -m lora_kernels bench --suite targets`, "
         "`python bench/peft_life.py`, `python bench/exact_merge.py` and `python bench/disk_merge.py` repeat them."
     )
     return "\n\n".join([head, *(_chapter(path) for path in sorted(folder.glob("*.json")))]) + "\n"
@@ -78,7 +78,8 @@ def _chapter(path):
         f"## {path.stem}",
         f"`bench/results/{path.name}`: {found['cpu']['model']} ({level}), "
         f"{found['threads']} threads, torch {found['versions']['torch']}, "
-        f"PEFT {found['versions'].get('peft') or 'not installed'}, commit {commit[:12]}{dash}{dirty}, {found['date'][:10]}."
+        f"PEFT {found['versions'].get('peft') or 'not installed'}, "
+        f"commit {commit[:12]}{dash}{dirty}, {found['date'][:10]}."
         + (f" **{met.count(True)} of {len(met)} bounds met.**" if met else ""),
         _bounds(found["targets"]),
         _times(found["results"]),
