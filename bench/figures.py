@@ -61,8 +61,8 @@ def _headline(found, case):
 def everything(folder):
     """docs/figures.md: a chapter a file."""
     head = (
-        "# Figures\n\nWritten by `python bench/figures.py` from `bench/results/`. Times are the best of many, the sides "
-        "in turn in one run; base is the product or model without adapters, `addmm_` its update by torch, in place, "
+        "# Figures\n\nWritten by `python bench/figures.py` from `bench/results/`. Times are the best of many, sides "
+        "in turn in one run; base is the product or model without adapters, `addmm_` its update by torch in place, "
         "limit what the added FLOPs cost at the base's speed. `python -m lora_kernels bench --suite targets`, "
         "`python bench/peft_life.py`, `python bench/exact_merge.py` and `python bench/disk_merge.py` repeat them."
     )
