@@ -136,8 +136,8 @@ void grad_part(const GradTask& t, int64_t i, int64_t parts) {
   if (k.begin < k.end) LK_RUN(grad_kernel, on_tiles(t.job), t.job, k.begin, k.end);
 }
 
-// Slots of thread_scratch for packed x and h.
-constexpr int kXSlot = 4, kHSlot = 5;
+// Slots of thread_scratch: packed x, packed h, and a thread's own h.
+constexpr int kXSlot = 4, kHSlot = 5, kOwnHSlot = 6;
 
 void* panels_for(const PackJob& job, int slot) {
   const int64_t size = on_tiles(job) ? 2 * blocks(job.K, kPackCols) * kPackCols : 4 * job.K;
@@ -159,6 +159,31 @@ bool turns_by_rows(const TurnTask& t) {
   return t.job.M >= kManyRows && t.N * t.job.K <= kL2Elements;
 }
 
+// Whether each thread packs all rows of x, and makes h of them, for its own columns: of few rows
+// that costs less than a region more, or than reading what another core has just written.
+bool turns_at_once(const TurnTask& task, const DotTask* shrink, const Draw* draw) {
+  if (!on_tiles(task.job) || task.job.M > kTileRows || draw != nullptr) return false;
+  return shrink == nullptr || (shrink->job.a_dtype == DType::bf16 && shrink->job.alpha == 1.0f);
+}
+
+// h of the rows that are packed already, as a turned product with A: where the task wants it, or in
+// scratch of the thread.
+const float* turn_shrink(const DotTask& shrink, const void* panels, int64_t M, bool wanted) {
+  TurnJob job = {};
+  job.panels = panels;
+  job.M = M;
+  job.K = shrink.job.K;
+  job.w = shrink.job.a;
+  job.w_stride = shrink.job.a_stride;
+  job.w_dtype = job.b_dtype = shrink.job.a_dtype;
+  job.y = wanted ? static_cast<void*>(shrink.job.out)
+                 : thread_scratch(kOwnHSlot, M * shrink.job.out_stride * 4);
+  job.y_stride = shrink.job.out_stride;
+  job.y_dtype = DType::f32;
+  LK_RUN(turn_kernel, true, job, 0, shrink.R);
+  return static_cast<const float*>(job.y);
+}
+
 struct Scratch {
   void* data = nullptr;
   int64_t size = 0;
@@ -168,7 +193,7 @@ struct Scratch {
 }  // namespace
 
 void* thread_scratch(int slot, int64_t bytes) {
-  thread_local Scratch scratch[6];
+  thread_local Scratch scratch[7];
   Scratch& s = scratch[slot];
   if (s.size < bytes || s.data == nullptr) {
     std::free(s.data);
@@ -283,6 +308,19 @@ void run_turn(const TurnTask& task, const DotTask* shrink, const Draw* draw) {
       rows.h = pack_all(task.h, m, kHSlot);
       if (rows.updates != nullptr) rows.updates += m.begin;
       LK_RUN(turn_kernel, tiled, rows, 0, task.N);
+    });
+    return;
+  }
+  if (turns_at_once(task, shrink, draw)) {
+    for_parts(cost, [&](int64_t i, int64_t parts) {
+      const Range n = part(task.N, kTileRows, i, parts);
+      if (n.begin >= n.end) return;
+      TurnJob own = task.job;
+      own.panels = pack_all(task.x, {0, own.M}, kXSlot);
+      PackJob h = task.h;
+      if (shrink != nullptr) h.x = turn_shrink(*shrink, own.panels, own.M, n.begin == 0);
+      own.h = pack_all(h, {0, own.M}, kHSlot);
+      LK_RUN(turn_kernel, tiled, own, n.begin, n.end);
     });
     return;
   }

@@ -132,7 +132,7 @@ struct TurnJob {
   const RowUpdate* updates;  // one a row of x, with a B of b_dtype, or null
 };
 
-// 64-byte aligned memory of the calling thread, kept between calls; its six slots are separate.
+// 64-byte aligned memory of the calling thread, kept between calls; its seven slots are separate.
 // Kernels use 0 and 1; callers of the run_ functions may use the others.
 void* thread_scratch(int slot, int64_t bytes);
 

@@ -185,14 +185,16 @@ def test_batch_invariant_bits(dtype):
         assert torch.equal(ops.lora_linear(x[rows], w, bias, a, b, s, None, True), full[rows])
 
 
-def test_thread_count_changes_nothing():
-    x, w, bias, a, b, s = problem((96, 512, 300, 16), torch.bfloat16, torch.bfloat16)
+@pytest.mark.parametrize("shape", [(96, 512, 300, 16), (20, 4096, 40, 16)], ids=str)  # with fewer columns than threads
+@pytest.mark.parametrize(("p", "invariant"), [(0.0, False), (0.1, True)])
+def test_thread_count_changes_nothing(shape, p, invariant):
+    x, w, bias, a, b, s = problem(shape, torch.bfloat16, torch.bfloat16)
     threads, results = torch.get_num_threads(), []
     try:
-        for n in (1, 2, 3):
+        for n in (1, 2, 3, 8):
             torch.set_num_threads(n)
-            y, h, mask = ops.lora_linear_train(x, w * 0, bias, a, b, s, 0.1, torch.tensor(5), None, True)
-            grads = ops.lora_linear_backward(y, x, w, a, b, s, h, mask, 0.1, None, True, True, True, True)
+            y, h, mask = ops.lora_linear_train(x, w * 0, bias, a, b, s, p, torch.tensor(5), None, invariant)
+            grads = ops.lora_linear_backward(y, x, w, a, b, s, h, mask, p, None, True, True, True, invariant)
             results.append([y, h, mask, *grads])
     finally:
         torch.set_num_threads(threads)
