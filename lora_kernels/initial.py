@@ -11,6 +11,12 @@ from .bare import like_linear
 
 DENSE_INITS = ("gaussian", "orthogonal", "olora", "pissa")
 PLAIN_INITS = ("gaussian",)
+_OF_FACTORS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def keeps_weights(init):
+    """Whether an adapter that started so is relative to the base weights as they were."""
+    return (init.lower() if isinstance(init, str) else init) in _OF_FACTORS
 
 
 def check_init(init, r, allowed, kind):

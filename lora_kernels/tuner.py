@@ -22,9 +22,8 @@ from .parameter_targets import check_same, full_name, innermost_first
 from .targeting import find_targets
 from .tuner_facts import TunerFacts
 from .tying import names_tied_to_embedding, note_untied
+from .unfuse import fused_paths, turn_off
 from .walk import each_module, submodule
-
-_FUSED = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
 
 class LoraModel(TunerFacts, ModelChoosing, ModelMerging, ModelCombining, nn.Module):
@@ -239,14 +238,11 @@ class LoraModel(TunerFacts, ModelChoosing, ModelMerging, ModelCombining, nn.Modu
 
     def _unfuse(self, undo):
         """Turns off torch's fused encoder path, which reads the weights of linear layers without calling them."""
-        for module in each_module(self.model, LoraLayer):
-            attribute = _FUSED.get(type(module))
-            value = getattr(module, attribute, 0) if attribute else 0
-            if value and any(isinstance(m, LoraLayer) for m in module.modules()):
-                undo.append((setattr, module, attribute, value))
-                undo.append((self._fused.remove, (module, attribute, value)))
-                self._fused.append((module, attribute, value))
-                setattr(module, attribute, type(value)(0))
+        for path in fused_paths(each_module(self.model, LoraLayer), LoraLayer):
+            undo.append((setattr, *path))
+            undo.append((self._fused.remove, path))
+            self._fused.append(path)
+            turn_off(path)
 
     def _replace(self, name, old, new, undo):
         if new is not old:

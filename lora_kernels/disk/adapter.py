@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..config import CONFIG_NAME, LoraConfig
+from ..initial import keeps_weights
 from ..io.checkpoint import CheckpointError, load_tensors
 from ..targeting import is_target, pattern_value
 
@@ -24,7 +25,6 @@ _DELTA = ".token_adapter.trainable_tokens_delta"
 _FOREIGN = re.compile(r"\.(lora_diag|lora_velora_embed|trainable_tokens_\w+|lora_\w*sampler\w*)(\.|$)")
 # Trained at start or end only: the saved adapter is an ordinary one.
 _INERT = ("eva_config", "loftq_config", "megatron_config", "megatron_core", "qalora_group_size")
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 _FROM_WEIGHT = ("pissa", "olora")
 WAY_AROUND = (
     "save it as a plain LoRA adapter (save_pretrained with path_initial_model_for_weight_conversion) and merge that"
@@ -134,7 +134,7 @@ def _read_config(directory):
 def _check_init(init):
     """NotImplementedError where what the adapter took out of the weight can not be found again."""
     kind = init.lower() if isinstance(init, str) else init
-    if kind in (*_PLAIN_INITS, *_FROM_WEIGHT):
+    if keeps_weights(init) or kind in _FROM_WEIGHT:
         return
     reason = "changes the base weights that the adapter is relative to"
     if isinstance(kind, str) and kind.startswith("pissa_niter_"):

@@ -6,30 +6,30 @@
         model(input_ids)
 
 An adapter is a name, a slot its place in the banks. Banks are made for a layer when the first adapter that
-touches it is registered. (Slots and batched updates: Punica, arXiv:2310.18547; S-LoRA, arXiv:2311.03285.)
+touches it is registered. Several threads may register, evict and run batches at once: what a batch names stays where
+it is until the batch ends. (Slots and batched updates: Punica, arXiv:2310.18547; S-LoRA, arXiv:2311.03285.)
 """
 
+import collections.abc
 import contextlib
-import difflib
-import math
 import os
+import threading
 
 import torch
 from torch import nn
 
 from ..io.source import read_adapter
-from ..targeting import pattern_value
-from .layer import PooledLinear
+from ..unfuse import fused_paths, turn_off
+from .adapter import closest, parse
+from .layer import WIDTHS, PooledLinear
 from .router import Router
-
-_PREFIX = "base_model.model."
 
 
 class AdapterPool:
     """Adapters resident on the linear layers of ``model``, which is wrapped in place.
 
     Args:
-        model: any module; its ``nn.Linear`` layers can carry adapters.
+        model: any module; the ``nn.Linear`` layers inside of it can carry adapters. Their inputs have the batch first.
         num_slots: adapters that can be resident at once.
         max_rank: largest rank that a slot holds.
         dtype: of the banks; None is each layer's own. float32 keeps float32 adapters unrounded on a
@@ -42,11 +42,24 @@ class AdapterPool:
                 raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(model, (nn.Linear, PooledLinear)):
+            raise ValueError("model: expected a module that holds linear layers, got such a layer itself")
+        if dtype is not None and dtype not in WIDTHS:
+            raise ValueError(f"dtype: expected None or one of {', '.join(map(str, WIDTHS))}, got {dtype!r}")
         self.model, self.num_slots, self.max_rank, self.dtype = model, num_slots, max_rank, dtype
-        parameter = next(model.parameters(), None)
-        self._router = Router(num_slots, None if parameter is None else parameter.device)
+        devices = [p.device for p in model.parameters() if p.device.type != "meta"]
+        self._router = Router(num_slots, devices[:1] or [torch.device("cpu")])
         self._slot_of = {}
         self._layers = {}
+        self._fused = []
+        self._running = collections.Counter()  # {slot: batches that name it}
+        self._lock = threading.RLock()
+
+    def __getstate__(self):  # a copy or a pickle has no batch running
+        return {**self.__dict__, "_running": collections.Counter(), "_lock": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.RLock())
 
     @property
     def names(self):
@@ -70,30 +83,38 @@ class AdapterPool:
         """
         if not isinstance(name, str) or not name:
             raise TypeError(f"name: expected a non-empty str, got {name!r}")
-        if name in self._slot_of:
-            raise ValueError(f"name: '{name}' is resident already; evict it first")
-        free = [slot for slot in range(self.num_slots) if slot not in self._slot_of.values()]
-        if not free:
-            raise ValueError(f"num_slots: all {self.num_slots} slots are taken by {self.names}; evict one first")
+        with self._lock:
+            self._free_slot(name)  # before anything is read
         if isinstance(source, (str, os.PathLike)):
             config, tensors = read_adapter(self.model, source, config)
         else:
             tensors = dict(source)
             if config is None:
                 raise ValueError("config: expected the LoraConfig of the state dict, got None")
-        adapters = self._parse(config, tensors, skip_modules_to_save)
-        try:
-            for path, adapter in adapters.items():
-                self._layer(path).fill(free[0], *adapter)
-        except BaseException:
-            self._clear(free[0])
-            raise
-        self._slot_of[name] = free[0]
+        with self._lock:
+            slot = self._free_slot(name)
+            adapters = parse(self, config, tensors, skip_modules_to_save)
+            try:
+                for path, adapter in adapters.items():
+                    self._layer(path).fill(slot, *adapter)
+            except BaseException:
+                self._clear(slot)
+                raise
+            self._slot_of[name] = slot
 
     def evict(self, name):
-        """Frees the slot of an adapter. ValueError when no adapter has that name."""
-        self._clear(self._slot(name))
-        del self._slot_of[name]
+        """Frees the slot of an adapter.
+
+        Raises:
+            ValueError: no adapter has that name.
+            RuntimeError: a batch that runs, in any thread, names the adapter.
+        """
+        with self._lock:
+            slot = self._slot(name)
+            if self._running[slot]:
+                raise RuntimeError(f"name: '{name}' is in a batch that runs; evict it after")
+            self._clear(slot)
+            del self._slot_of[name]
 
     @contextlib.contextmanager
     def batch(self, names):
@@ -102,30 +123,58 @@ class AdapterPool:
         As ``torch.no_grad``, of the thread that enters it: several threads can run batches of their own at once.
 
         Raises:
-            ValueError: a name that is not resident.
+            ValueError: a name that is not resident; within the block, a layer whose input does not have the batch
+                first.
         """
-        if isinstance(names, str):
-            raise TypeError(f"names: expected one adapter (or None) a row, got the str {names!r}")
-        slots = [-1 if name is None else self._slot(name) for name in names]
-        if not slots:
-            raise ValueError("names: expected at least one row, got none")
+        names = _listed(names)
         if self._router.batch_size:
             raise RuntimeError("batch: another batch is running; batches do not nest")
-        self._router.start(slots)
+        used = set()
         try:
+            with self._lock:
+                slots = [-1 if name is None else self._slot(name) for name in names]
+                used = set(slots) - {-1}
+                self._running.update(used)
+            self._router.start(slots)
             yield
         finally:
             self._router.stop()
+            with self._lock:
+                self._running.subtract(used)
 
     def remove(self):
-        """Takes the pool off: the model has its own layers back, and the adapters are gone."""
-        for path, layer in self._layers.items():
-            self._replace(path, layer.base_layer)
-        self._layers, self._slot_of = {}, {}
+        """Takes the pool off: the model has its own layers back, and the adapters are gone.
+
+        Raises:
+            RuntimeError: a batch that names an adapter is running; nothing has changed.
+        """
+        with self._lock:
+            if +self._running:
+                raise RuntimeError("remove: a batch is running; remove the pool after")
+            for path, layer in self._layers.items():
+                if self.model.get_submodule(path) is layer:
+                    self._replace(path, layer.base_layer)
+            for module, attribute, value in self._fused:
+                setattr(module, attribute, value)
+            self._layers, self._slot_of, self._fused = {}, {}, []
+
+    def owns(self, layer):
+        """Whether this pool has put ``layer`` into the model."""
+        return any(own is layer for own in self._layers.values())
+
+    def _free_slot(self, name):
+        if name in self._slot_of:
+            raise ValueError(f"name: '{name}' is resident already; evict it first")
+        for slot in range(self.num_slots):
+            if slot not in self._slot_of.values():
+                return slot
+        raise ValueError(f"num_slots: all {self.num_slots} slots are taken by {self.names}; evict one first")
 
     def _slot(self, name):
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected the name of an adapter, got {name!r}")
         if name not in self._slot_of:
-            raise ValueError(f"name: no adapter '{name}' is resident{_closest(name, self.names)}")
+            raise ValueError(f"name: no adapter '{name}' is resident{closest(name, self.names)}")
         return self._slot_of[name]
 
     def _clear(self, slot):
@@ -135,76 +184,24 @@ class AdapterPool:
     def _layer(self, path):
         if path not in self._layers:
             base = self.model.get_submodule(path)
-            self._layers[path] = PooledLinear(base, self._router, self.num_slots, self.max_rank, self.dtype)
-            self._layers[path].train(base.training)
-            self._replace(path, self._layers[path])
+            layer = PooledLinear(base, self._router, self.num_slots, self.max_rank, self.dtype)
+            self._layers[path] = layer.train(base.training)
+            self._replace(path, layer)
+            for fused in fused_paths(self.model.modules(), PooledLinear):
+                self._fused.append(fused)
+                turn_off(fused)
         return self._layers[path]
 
     def _replace(self, path, module):
         parent, _, child = path.rpartition(".")
         setattr(self.model.get_submodule(parent), child, module)
 
-    def _parse(self, config, tensors, skip_modules_to_save):
-        """{path of a linear layer: (lora_a, lora_b, scaling)}, everything checked."""
-        saved = tuple(config.modules_to_save or ())
-        if config.target_parameters:
-            raise ValueError(f"config: target_parameters={config.target_parameters} is not served by the pool")
-        if config.bias != "none":
-            raise ValueError(f"config: bias={config.bias!r} trains base biases, which rows can not share")
-        if saved and not skip_modules_to_save:
-            raise ValueError(
-                f"config: modules_to_save={list(saved)} is not served by the pool; pass skip_modules_to_save=True "
-                "to load the adapter without them"
-            )
-        found, other = {}, []
-        for key, tensor in tensors.items():
-            path, factor = self._place(key)
-            if factor is None:
-                if not any(part in saved for part in key.split(".")):
-                    other.append(key)
-                continue
-            found.setdefault(path, {})[factor] = tensor
-        if other:
-            raise ValueError(f"tensors: only LoRA on linear layers is served, got {other[:5]}")
-        if not found:
-            raise ValueError("tensors: no lora_A and lora_B found")
-        return {path: self._checked(config, path, factors) for path, factors in found.items()}
 
-    @staticmethod
-    def _place(key):
-        for factor in ("lora_A", "lora_B"):
-            ending = f".{factor}.weight"
-            if key.endswith(ending):
-                return key.removeprefix(_PREFIX).removesuffix(ending), factor
-        return None, None
-
-    def _checked(self, config, path, factors):
-        linears = {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, (nn.Linear, PooledLinear)) and not name.endswith(".base_layer")
-        }
-        if path not in linears:
-            raise ValueError(f"tensors: the model has no linear layer '{path}'{_closest(path, linears)}")
-        if set(factors) != {"lora_A", "lora_B"}:
-            raise ValueError(f"tensors: '{path}' has {sorted(factors)} only, expected lora_A and lora_B")
-        lora_a, lora_b = factors["lora_A"], factors["lora_B"]
-        in_features, out_features = linears[path].in_features, linears[path].out_features
-        rank = lora_a.shape[0]
-        if lora_a.dim() != 2 or lora_a.shape[1] != in_features or tuple(lora_b.shape) != (out_features, rank):
-            raise ValueError(
-                f"tensors: '{path}' expected lora_A (rank, {in_features}) and lora_B ({out_features}, rank), "
-                f"got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
-            )
-        if not 1 <= rank <= self.max_rank:
-            raise ValueError(f"max_rank: '{path}' has rank {rank}, a slot holds 1 to {self.max_rank}")
-        for factor, tensor in factors.items():
-            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-                raise ValueError(f"tensors: '{path}' {factor} must be finite floating numbers")
-        alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
-        return lora_a, lora_b, alpha / (math.sqrt(rank) if config.use_rslora else rank)
-
-
-def _closest(wanted, names):
-    near = difflib.get_close_matches(wanted, list(names), n=3, cutoff=0.4)
-    return f"; closest: {', '.join(near)}" if near else ""
+def _listed(names):
+    """The names of a batch as a list, checked as far as it goes without a pool."""
+    if isinstance(names, (str, collections.abc.Mapping)) or not isinstance(names, collections.abc.Iterable):
+        raise TypeError(f"names: expected one adapter (or None) a row, got {names!r}")
+    names = list(names)
+    if not names:
+        raise ValueError("names: expected at least one row, got none")
+    return names

@@ -11,28 +11,32 @@ class Router(threading.local):
     """Slots of the batch rows, and the plans made from them, one for each number of tokens; each thread has its own.
 
     The rows of a batch may be sequences: a layer's input of ``batch × T`` rows takes each slot T times over.
-    Layers read only static tensors, so a compiled model follows the next batch without recompiling.
+    Layers read only static tensors, so a compiled model follows the next batch without recompiling. They are plain
+    ones whatever mode the caller is in, as a later batch writes into them.
     """
 
-    def __init__(self, num_slots, device):
+    def __init__(self, num_slots, devices):
         self.num_slots = num_slots
-        self.device = device
+        self.devices = devices  # where layers have asked for slots; of all threads
         self.batch_size = 0
-        self._slots = {}
+        self._slots = {}  # {(batch size, device): slots}
         self._plans = {}
 
     def __reduce__(self):  # a copy or a pickle of a model has no batch running
-        return Router, (self.num_slots, self.device)
+        return Router, (self.num_slots, list(self.devices))
 
     def start(self, slots):
         """Routes the rows of the next batches to ``slots``."""
+        values = torch.tensor(slots, dtype=torch.int32)
+        with torch.inference_mode(False), torch.no_grad():
+            for device in self.devices:
+                held = self._slots.get((len(slots), device))
+                if held is None:
+                    self._slots[len(slots), device] = values.to(device, copy=True)
+                else:
+                    held.copy_(values)
         self._plans.clear()
         self.batch_size = len(slots)
-        values = torch.tensor(slots, dtype=torch.int32, device=self.device)
-        if self.batch_size in self._slots:
-            self._slots[self.batch_size].copy_(values)
-        else:
-            self._slots[self.batch_size] = values
 
     def stop(self):
         """Back to the base model."""
@@ -43,23 +47,34 @@ class Router(threading.local):
         """The plan for the rows of ``x``; None outside a batch.
 
         Raises:
-            ValueError: the rows of ``x`` are no multiple of the batch.
+            ValueError: ``x`` does not have the batch first, or rows that are no multiple of it.
         """
         if self.batch_size == 0:
             return None
         num_tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
-        if torch.compiler.is_compiling():
-            return self._make(num_tokens)
-        if num_tokens not in self._plans:
-            self._plans[num_tokens] = self._make(num_tokens)
-        return self._plans[num_tokens]
-
-    def _make(self, num_tokens):
         if num_tokens % self.batch_size:
             raise ValueError(
                 f"x: {num_tokens} rows can not be split over the {self.batch_size} rows that pool.batch names"
             )
-        slots = self._slots[self.batch_size]
-        repeats = num_tokens // self.batch_size
-        tokens = slots.view(-1, 1).expand(-1, repeats).reshape(num_tokens)
+        if x.dim() > 2 and x.shape[0] % self.batch_size and num_tokens != self.batch_size:
+            raise ValueError(
+                f"x: expected the {self.batch_size} rows that pool.batch names as its first dimension, got shape "
+                f"{tuple(x.shape)}; a layer whose input has no batch, or not first, can not be served"
+            )
+        if torch.compiler.is_compiling():
+            return self._make(num_tokens, x.device)
+        key = num_tokens, x.device
+        if key not in self._plans:
+            with torch.inference_mode(False), torch.no_grad():
+                self._plans[key] = self._make(num_tokens, x.device)
+        return self._plans[key]
+
+    def _make(self, num_tokens, device):
+        slots = self._slots.get((self.batch_size, device))
+        if slots is None:  # the model has moved; the next batch finds its place there
+            slots = self._slots[self.batch_size, self.devices[0]].to(device)
+            if not torch.compiler.is_compiling():
+                self._slots[self.batch_size, device] = slots
+                self.devices.append(device)
+        tokens = slots.view(-1, 1).expand(-1, num_tokens // self.batch_size).reshape(num_tokens)
         return ops.plan_batch(tokens, num_slots=self.num_slots)
