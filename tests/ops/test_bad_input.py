@@ -142,6 +142,10 @@ def test_multi():
         multi_lora_linear([1.0], *good[1:])
     with pytest.raises(TypeError, match=r"slot_scalings: expected torch\.float32 without gradient"):
         multi_lora_linear(*good[:5], torch.ones(3, requires_grad=True), plan)
+    with pytest.raises(TypeError, match=r"out: expected torch.float32, got torch.bfloat16"):
+        lora_shrink(case.x, case.a_bank, plan, out=torch.empty(case.x.shape[0], case.a_bank.shape[1], dtype=HALF))
+    with pytest.raises(ValueError, match="out: shares memory with x"):
+        lora_shrink(case.x, case.a_bank, plan, out=case.x[:, : case.a_bank.shape[1]])
     with pytest.raises(ValueError, match=r"x: lora_shrink computes no gradients"):
         lora_shrink(case.x.clone().requires_grad_(), case.a_bank, plan)
     with pytest.raises(ValueError, match="h: expected shape"):

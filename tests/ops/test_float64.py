@@ -90,3 +90,12 @@ def test_a_named_backend_says_that_it_has_none():
         linear(X, W, BIAS, A, B)
     with lk.use_backend("reference"):
         assert linear(X, W, BIAS, A, B).dtype is torch.float64
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_a_list_of_several_widths(dtypes):
+    weights = [torch.randn(12, 8, dtype=dtype) for dtype in dtypes]
+    adapters = [(torch.randn(3, 8, dtype=dtype), torch.randn(12, 3, dtype=dtype), 0.5) for dtype in dtypes]
+    one = [ops.merge_(w.clone(), *adapter) for w, adapter in zip(weights, adapters, strict=True)]
+    ops.merge_list_(weights, adapters)
+    assert all(map(torch.equal, weights, one))

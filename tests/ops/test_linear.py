@@ -123,6 +123,11 @@ def test_out(backend):
     check(case, wide[:, 10:34])
     assert (wide[:, :10] == 7).all()
     assert (wide[:, 34:] == 7).all()
+    turned = torch.zeros(24, 3, 3, dtype=torch.bfloat16).permute(1, 2, 0)
+    for odd in (torch.zeros(24, 9, dtype=torch.bfloat16).t(), torch.zeros(9, 48, dtype=torch.bfloat16)[:, ::2], turned):
+        x = case.x.view(*odd.shape[:-1], 32)
+        assert lora_linear(x, *case.args()[1:], out=odd) is odd
+        check(case, odd.reshape(9, 24))
 
 
 def test_scaling_is_read_at_run_time(backend):
@@ -285,6 +290,26 @@ def test_second_derivative_is_refused(backend):
     y = lora_linear(*case.args()).square().sum()
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(y, case.x, create_graph=True)
+
+
+def test_forward_mode_is_refused(backend):
+    case = make_linear(3, 8, 8, 2)
+    plan = lk.ops.plan_batch([0, -1, 0], num_slots=1)
+    args = case.args()[1:]
+    weight, bias, a, b, scaling = args
+    calls = {
+        "lora_linear": lambda x: lora_linear(x, *args),
+        "multi_lora_linear": lambda x: lk.ops.multi_lora_linear(x, weight, bias, [a], [b], torch.ones(1), plan),
+        "grouped_lora_linear": lambda x: lk.ops.grouped_lora_linear(x, [weight], [bias], [a], [b], [scaling])[0],
+        "lora_add_": lambda x: lora_add_(torch.zeros_like(x), x, a, b, scaling),
+    }
+    for call in calls.values():
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(case.x, torch.ones_like(case.x))
+            with pytest.raises((RuntimeError, NotImplementedError), match="forward"):
+                call(dual)
+        with pytest.raises(RuntimeError):
+            torch.func.jvp(call, (case.x,), (case.x,))
 
 
 def test_nan_in_unwritten_memory_never_shows(backend, monkeypatch):

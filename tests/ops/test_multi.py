@@ -212,6 +212,24 @@ def test_gradients(backend, form, slices, dtype):
         assert error < rtol, (name, error)
 
 
+@pytest.mark.parametrize("form", ["bank", "list"])
+def test_gradients_of_strided_adapters(backend, form):
+    case = make_multi(14, 24, 32, 5, 4)
+    case.slot_ranks.fill_(5)
+    plan = plan_batch(case.token_slots, num_slots=4)
+
+    def grads(strided):
+        banks = []
+        for bank in (case.a_bank, case.b_bank):
+            bank = bank.detach().transpose(1, 2).contiguous().transpose(1, 2) if strided else bank.detach().clone()
+            banks.append(bank.requires_grad_())
+        given = banks if form == "bank" else [list(bank.unbind()) for bank in banks]
+        multi_lora_linear(case.x, case.weight, case.bias, *given, case.slot_scalings, plan).sum().backward()
+        return [bank.grad for bank in banks]
+
+    torch.testing.assert_close(grads(True), grads(False), rtol=1e-5, atol=1e-5)
+
+
 def test_out_is_written(backend):
     case = make_multi(8, 16, 24, 4, 3)
     out = torch.full((2, 4, 24), float("nan"))
@@ -239,6 +257,13 @@ def test_plan(slots, spare):
     assert reused.slot_ranks.tolist() == [1, 2, 3, 4, 5]
 
 
+def test_a_plan_keeps_ranks_of_its_own():
+    ranks = torch.tensor([1, 2], dtype=torch.int32)
+    plan = plan_batch([0, 1], ranks, out=BatchPlan.empty(8, 2))
+    plan_batch([0, 1], [4, 4], out=plan)
+    assert ranks.tolist() == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -247,6 +272,8 @@ def test_plan(slots, spare):
         (lambda: plan_batch([0.5]), "token_slots: expected a 1-D integer"),
         (lambda: plan_batch([0], 16), r"slot_ranks: expected \(num_slots\)"),
         (lambda: plan_batch([0, 1], [4], num_slots=2), "sizes disagree"),
+        (lambda: plan_batch([0, 1], [4, -1]), "slot_ranks: expected ranks >= 0, got -1"),
+        (lambda: plan_batch([0, 1], [4, 2.7]), "slot_ranks: expected whole numbers"),
         (lambda: plan_batch([0] * 9, out=BatchPlan.empty(4, 2)), "at most 4 rows"),
         (lambda: BatchPlan.empty(-1, 2), "max_tokens"),
     ],

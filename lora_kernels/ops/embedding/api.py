@@ -1,6 +1,7 @@
 """``lora_embedding``: rows of an embedding and of its update in one call."""
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import checks, dispatch
 from ..linear.autograd import refuse_double_backward
@@ -30,7 +31,8 @@ def lora_embedding(ids, weight, lora_a, lora_b, scaling, *, padding_idx=None):
     padding_idx = _check(ids, weight, lora_a, lora_b, padding_idx)
     scaling = scaling_tensor(scaling, weight)
     flat = ids.reshape(-1).long()
-    if torch.is_grad_enabled() and (lora_a.requires_grad or lora_b.requires_grad):
+    grad = torch.is_grad_enabled() and (lora_a.requires_grad or lora_b.requires_grad)
+    if grad or forward_ad._current_level >= 0:  # the function refuses tangents
         y = LoraEmbedding.apply(flat, weight.detach(), lora_a, lora_b, scaling, padding_idx)
     else:
         y = dispatch.select("lora_embedding", weight)(flat, weight, lora_a, lora_b, scaling)

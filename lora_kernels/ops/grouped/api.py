@@ -1,6 +1,7 @@
 """``grouped_lora_linear``: projections that read the same input (Q, K, V; gate, up) in one call."""
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import checks
 from ..linear.api import autocast_dtype
@@ -48,7 +49,8 @@ def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings):
         pairs = zip(biases, weights, strict=True)
         biases = [] if missing else [x2.new_zeros(len(w)) if bias is None else bias for bias, w in pairs]
     tensors = (*weights, *biases, *lora_a, *lora_b)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x2, *tensors)):
+    grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x2, *tensors))
+    if grad or forward_ad._current_level >= 0:  # the function refuses tangents
         y = GroupedLoraLinear.apply(len(weights), x2, *tensors, *scalings)
     else:
         y, _ = run(x2, list(weights), list(biases), list(lora_a), list(lora_b), scalings, False)

@@ -4,6 +4,7 @@ Checks and reshapes once, then one op; gradients by ``torch.autograd.Function`` 
 """
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import checks, dispatch, library
 from ..scalars import is_scaling, scaling_tensor, seed_tensor
@@ -81,7 +82,7 @@ def lora_linear(
             scaling = scaling_tensor(scaling, x2)
         if out is not None:
             return _write(out, x, x2, weight, bias, lora_a, lora_b, scaling, dropout_p, out_splits, grad)
-        if grad or dropout_p != 0.0:
+        if grad or dropout_p != 0.0 or forward_ad._current_level >= 0:  # the function refuses tangents
             checks.dropout(dropout_p)
             seed = seed_tensor(dropout_seed, x2) if dropout_p else None
             y = LoraLinear.apply(x2, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, out_splits)
@@ -111,7 +112,9 @@ def _write(out, x, x2, weight, bias, lora_a, lora_b, scaling, dropout_p, out_spl
     checks.in_place("out", out, x=x2, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
     if grad or dropout_p:
         raise ValueError("out: can not be combined with gradients or dropout; call under torch.no_grad()")
-    rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
+    rows = _as_rows(out)
+    if rows is None:
+        return out.copy_(lora_linear(x, weight, bias, lora_a, lora_b, scaling, out_splits=out_splits))
     op = dispatch.select("lora_linear_out", x2)
     op(rows, x2, weight, bias, lora_a, lora_b, scaling, out_splits, dispatch.batch_invariant)
     mark_written(out)
@@ -149,6 +152,8 @@ def lora_add_(y, x, lora_a, lora_b, scaling, *, dropout_p=0.0, dropout_seed=None
         return y.copy_(
             lora_add_(contiguous, x, lora_a, lora_b, scaling, dropout_p=dropout_p, dropout_seed=dropout_seed)
         )
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("lora_add_: forward-mode differentiation is not supported")
     if dropout_p or (
         torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or lora_a.requires_grad or lora_b.requires_grad)
     ):

@@ -2,6 +2,8 @@
 
 import itertools
 
+import torch
+
 from .. import checks, cuda_choice, dispatch, library
 from ..linear.api import mark_written
 from ..scalars import scaling_tensor
@@ -134,6 +136,8 @@ def _together(terms):
 
 
 def _takes_lists(weight):
+    if weight.dtype is torch.float64:  # the reference's alone
+        return False
     if weight.device.type == "cpu":
         return dispatch.forced in (None, "cpu") and library.has_cpu_kernel("merge_list_")
     return cuda_choice.takes_lists(weight, dispatch.forced)

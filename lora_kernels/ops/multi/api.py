@@ -1,6 +1,7 @@
 """``multi_lora_linear``, ``lora_shrink`` and ``lora_expand_``: one adapter a row, in one call."""
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import checks, dispatch
 from ..linear.api import autocast_dtype, flat_and_cast, mark_written
@@ -48,7 +49,7 @@ def multi_lora_linear(x, weight, bias, a_bank, b_bank, slot_scalings, plan, *, o
             if grad:
                 raise ValueError("out: can not be combined with gradients; call under torch.no_grad()")
             checks.in_place("out", out, x=x2, weight=weight, bias=bias)
-        if grad:
+        if grad or forward_ad._current_level >= 0:  # the function refuses tangents
             if not listed and plan.slot_ranks is not None:
                 adapters = live_part(a_bank, b_bank, plan.slot_ranks, out_splits)
             y = MultiLoraLinear.apply(listed, x2, weight, bias, slot_scalings, plan, out_splits, *adapters)
@@ -114,6 +115,11 @@ def lora_shrink(x, a_bank, plan, *, out=None):
     check_plan(plan, x.shape[0], a_bank.shape[0])
     checks.same_device(x, a_bank=a_bank, plan=plan.row_order)
     _refuse_grad("lora_shrink", x=x, a_bank=a_bank)
+    if out is not None:
+        checks.tensor("out", out)
+        if out.dtype is not wide_dtype(x):
+            raise TypeError(f"out: expected {wide_dtype(x)}, got {out.dtype}")
+        checks.in_place("out", out, x=x, a_bank=a_bank)
     op = dispatch.select("lora_shrink", x)
     h = op(x, a_bank, plan.slot_ranks, plan.row_order, plan.segment_starts, dispatch.batch_invariant)
     if out is None:

@@ -23,8 +23,8 @@ class MultiLoraLinear(torch.autograd.Function):
         _, need_x, need_w, need_bias, _, _, _, *need_adapters = ctx.needs_input_grad
         half = len(adapters) // 2
         need_a, need_b = any(need_adapters[:half]), any(need_adapters[half:])
-        grads_a = [torch.empty_like(tensor) for tensor in adapters[:half]] if need_a else []
-        grads_b = [torch.empty_like(tensor) for tensor in adapters[half:]] if need_b else []
+        grads_a = [_new_grad(tensor) for tensor in adapters[:half]] if need_a else []
+        grads_b = [_new_grad(tensor) for tensor in adapters[half:]] if need_b else []
         dx = None
         if need_x or need_a or need_b:
             op = dispatch.select("multi_lora_backward", x)
@@ -38,6 +38,10 @@ class MultiLoraLinear(torch.autograd.Function):
         grads = [*(grads_a or [None] * half), *(grads_b or [None] * half)]
         grads = [grad if need else None for grad, need in zip(grads, need_adapters, strict=True)]
         return (None, dx if need_x else None, dw, dbias, None, None, None, *grads)
+
+
+def _new_grad(tensor):
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _unbind(banks):

@@ -70,9 +70,7 @@ def plan_batch(token_slots, slot_ranks=None, *, num_slots=None, out=None):
     slots = token_slots if isinstance(token_slots, torch.Tensor) else _from_sequence(token_slots)
     if slots.dim() != 1 or slots.is_floating_point() or slots.dtype == torch.bool:
         raise ValueError(f"token_slots: expected a 1-D integer tensor, got {slots.dtype} {tuple(slots.shape)}")
-    ranks = None if slot_ranks is None else torch.as_tensor(slot_ranks, dtype=torch.int32)
-    if ranks is not None and ranks.dim() not in (1, 2):
-        raise ValueError(f"slot_ranks: expected (num_slots) or (num_slots, slices), got {tuple(ranks.shape)}")
+    ranks = None if slot_ranks is None else _ranks(slot_ranks)
     num_slots = _num_slots(slots, ranks, num_slots, out)
     if slots.device.type == "cpu" and slots.numel() and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in torch.aminmax(slots))
@@ -85,6 +83,18 @@ def plan_batch(token_slots, slot_ranks=None, *, num_slots=None, out=None):
         raise ValueError(f"token_slots: expected at most {out.max_tokens} rows (out), got {slots.shape[0]}")
     _fill(out, slots, ranks)
     return out
+
+
+def _ranks(slot_ranks):
+    ranks = torch.as_tensor(slot_ranks)
+    if ranks.dim() not in (1, 2):
+        raise ValueError(f"slot_ranks: expected (num_slots) or (num_slots, slices), got {tuple(ranks.shape)}")
+    if ranks.numel() and (ranks.is_floating_point() or ranks.is_complex() or ranks.dtype is torch.bool):
+        raise ValueError(f"slot_ranks: expected whole numbers, got {ranks.dtype}")
+    known = ranks.device.type == "cpu" and ranks.numel() and not torch.compiler.is_compiling()
+    if known and int(ranks.min()) < 0:
+        raise ValueError(f"slot_ranks: expected ranks >= 0, got {int(ranks.min())}")
+    return ranks.to(torch.int32)
 
 
 def _from_sequence(token_slots):
@@ -118,7 +128,7 @@ def _fill(plan, slots, ranks):
     elif plan.slot_ranks is not None and plan.slot_ranks.shape == ranks.shape:
         plan.slot_ranks.copy_(ranks)
     else:
-        plan.slot_ranks = ranks.to(slots.device)
+        plan.slot_ranks = ranks.to(slots.device, copy=True)
     plan.num_tokens = num_tokens
 
 
