@@ -50,6 +50,7 @@ struct Sm90Consumer {
 
   // The tile's updates; the next step.
   __device__ uint32_t updates(uint32_t n, int64_t row0, Sums& acc) const {
+    if (Ring::kMulti) device::wait_for_launch_before();  // row_slots are the shrink's
     for (bool last = false; !last; ++n) {
       ring.wait_full(n);
       const UpdateInfo info = ring.update(n);
