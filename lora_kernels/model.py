@@ -72,6 +72,7 @@ class PeftModel(StoredModel, HubModel, nn.Module):
     adapters) and of the model.
     """
 
+    _hf_peft_config_loaded = True  # transformers' Trainer: what trains is not the base, which may be quantised
     special_peft_forward_args = frozenset({"adapter_names"})  # what is not the model's own
 
     def __init__(
@@ -81,7 +82,7 @@ class PeftModel(StoredModel, HubModel, nn.Module):
         options = {"autocast_adapter_dtype": autocast_adapter_dtype, "meta": low_cpu_mem_usage}
         self.base_model = LoraModel(model, peft_config, adapter_name, **options)
         self.peft_type = peft_config.peft_type
-        if type(self).forward is PeftModel.forward:
+        if getattr(type(self).forward, "is_the_models", False):
             take_signature(self)
         if getattr(model, "is_gradient_checkpointing", False):
             self.prepare_model_for_gradient_checkpointing(model)
@@ -99,6 +100,8 @@ class PeftModel(StoredModel, HubModel, nn.Module):
             return self.base_model.model(*args, **kwargs)
         with self._rows_of(adapter_names):
             return self.base_model.model(*args, **kwargs)
+
+    forward.is_the_models = True  # takes its arguments, and is shown with them
 
     def generate(self, *args, adapter_names=None, **kwargs):
         """The model's own ``generate``; ``adapter_names`` as in :meth:`forward`, one a sample, not one a beam."""

@@ -1,4 +1,4 @@
-"""The signature of ``PeftModel.forward`` where no task says it: that of the model below.
+"""The signature of a ``PeftModel``'s ``forward``: that of the model below.
 
 ``transformers.Trainer`` reads from it which columns of a data set the model takes.
 """

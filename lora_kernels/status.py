@@ -6,6 +6,7 @@ from typing import Literal
 from torch import nn
 
 from .layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer
+from .tuner_facts import TunerFacts
 
 
 @dataclasses.dataclass
@@ -44,7 +45,8 @@ class TunerModelStatus:
 
 def get_layer_status(model):
     """A :class:`TunerLayerStatus` of each layer with adapters. ValueError when there is none."""
-    root = getattr(model, "base_model", model) if hasattr(model, "peft_config") else model
+    inner = getattr(model, "base_model", None)  # a plain model of transformers has one, too: its backbone
+    root = inner if isinstance(inner, TunerFacts) else model
     found = []
     for name, module in root.named_modules():
         if not isinstance(module, (LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer)):

@@ -27,6 +27,9 @@ class StoredModel:
         path_initial_model_for_weight_conversion=None,
         *,
         state_dict=None,
+        save_function=None,
+        max_shard_size=None,
+        push_to_hub=False,
     ):
         """Writes ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT reads them.
 
@@ -42,10 +45,14 @@ class StoredModel:
             path_initial_model_for_weight_conversion: where a PiSSA or OLoRA adapter was saved before training: what
                 is written is a plain LoRA adapter of twice the rank, for the original base weights.
             state_dict: take the tensors from here (a gathered state dict).
+            save_function, max_shard_size: of no effect, as in PEFT: files are written whole.
+            push_to_hub: refused where true; call ``push_to_hub``.
 
         Raises:
             ValueError: an unknown adapter, or a path that is a file.
         """
+        if push_to_hub:
+            raise ValueError("push_to_hub: saving does not upload; call model.push_to_hub(repo_id)")
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)

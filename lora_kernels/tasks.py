@@ -1,7 +1,7 @@
 """The task classes of ``PeftModel``, from one table: each names the arguments of its ``forward``.
 
-What a task adds to the config (a head that is saved in full) is in :mod:`lora_kernels.targeting`. The signature is
-what ``transformers.Trainer`` reads to choose the columns of a data set.
+What a task adds to the config (a head that is saved in full) is in :mod:`lora_kernels.targeting`. The signature
+of the class is where ``transformers.Trainer`` finds the labels; that of a model, its base model's, names the columns.
 """
 
 import importlib
@@ -41,6 +41,7 @@ def _task_class(task, suffix, names):
     parameters = [kinds("self", kinds.POSITIONAL_OR_KEYWORD)]
     parameters += [kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=None) for name in names]
     forward.__signature__ = inspect.Signature([*parameters, kinds("kwargs", kinds.VAR_KEYWORD)])
+    forward.is_the_models = True
     name = f"PeftModelFor{suffix}"
     body = {"forward": forward, "task_type": task, "__module__": __name__, "__qualname__": name}
     if task is TaskType.SEQ_2_SEQ_LM:

@@ -1,13 +1,16 @@
 """``transformers.Trainer`` for our models: its checkpoints hold the adapters alone.
 
-The plain ``Trainer`` does so for instances of PEFT's own class; of any other module it saves the whole state dict.
+The plain ``Trainer`` does so for instances of PEFT's own class; of any other module it saves the whole state dict, and
+it looks at the class of the module, not of the model below, for labels and for how a loss is smoothed.
 Where the model is not one of ours, or DeepSpeed or FSDP has taken it apart, everything here is as in ``Trainer``.
 """
 
+import functools
 import os
 
 from transformers import Trainer
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import SAFE_WEIGHTS_NAME, can_return_loss, find_labels
 
 from ..model import PeftModel
 
@@ -20,6 +23,18 @@ class AdapterCheckpoints:
     A checkpoint has what ``model.save_pretrained`` writes, and no ``model.safetensors``. Resuming and
     ``load_best_model_at_end`` load all adapters of the model from it. Checkpoints of a whole model are read as before.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not isinstance(model, PeftModel):
+            return
+        base = type(model.get_base_model())
+        if self.args.label_names is None:
+            self.label_names = find_labels(base)
+        self.can_return_loss = can_return_loss(base)
+        if self.label_smoother is not None and base.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
 
     def _save(self, output_dir=None, state_dict=None):
         model = self._adapted()

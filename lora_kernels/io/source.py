@@ -7,6 +7,7 @@ import contextlib
 import copy
 import os
 import re
+import warnings
 
 from ..config import CONFIG_NAME, LoraConfig
 from ..fused_targets import stack_experts
@@ -17,6 +18,8 @@ PREFIX = "base_model.model."
 # Arguments of PEFT that say where to look on the Hub, and how to place a model on several devices.
 _HUB = ("revision", "token", "use_auth_token", "cache_dir", "force_download", "proxies", "local_files_only")
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+# What scripts pass along to it as to a model; of no effect in PEFT either.
+_OF_MODELS = ("torch_dtype", "dtype", "trust_remote_code", "use_safetensors", "load_in_8bit", "load_in_4bit")
 _PLACING = ("max_memory", "device_map", "offload_folder", "offload_dir", "offload_buffers", "offload_index")
 
 
@@ -37,6 +40,9 @@ def read_adapter(model, model_id, config=None, *, device="cpu", key_mapping=None
         CheckpointError, ValueError: nothing there, files that are damaged, or keys of no layout that is known.
         TypeError: an argument that loading does not have.
     """
+    for name in _OF_MODELS:
+        if hub.pop(name, None) is not None:
+            warnings.warn(f"{name}: has no effect on adapters, only on the base model", stacklevel=3)
     unknown = [name for name in hub if name not in _HUB + _PLACING]
     if unknown:
         raise TypeError(f"{unknown[0]}: no such argument of loading; there are {', '.join(_HUB)}")

@@ -169,8 +169,10 @@ class LoraLinear(LoraLayer):
         name, scale = single
         if name in self.scaling.zeros:  # the base layer's own bits, which our kernels need not give
             return None
-        a = modules["lora_A"]._modules[name]._parameters.get("weight")
-        b = modules["lora_B"]._modules[name]._parameters.get("weight")
+        a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        if not (_read_only(a) and _read_only(b)):
+            return None
+        a, b = a._parameters.get("weight"), b._parameters.get("weight")
         parameters = base._parameters
         weight = parameters.get("weight")
         if weight.__class__ not in _PLAIN or a is None or b is None:
@@ -200,7 +202,10 @@ class LoraLinear(LoraLayer):
         all_a, all_b, dtype = modules["lora_A"]._modules, modules["lora_B"]._modules, None
         lora_a, lora_b, values = [], [], []
         for name in present:
-            a, b = all_a[name]._parameters.get("weight"), all_b[name]._parameters.get("weight")
+            a, b = all_a[name], all_b[name]
+            if not (_read_only(a) and _read_only(b)):
+                return by_group(self, batch, x)
+            a, b = a._parameters.get("weight"), b._parameters.get("weight")
             if a is None or b is None or self.lora_bias[name] or self.use_dora[name]:
                 return by_group(self, batch, x)
             dtype = a.dtype if dtype is None else dtype
@@ -243,6 +248,11 @@ class LoraLinear(LoraLayer):
         return (z * c if bias is None else z + (wide(z) - bias) * (c - 1)).to(z.dtype)
 
     def update_rows(self, name, x, y):
+        a, b = self.lora_A[name], self.lora_B[name]
+        if not (self.use_dora[name] or (_read_only(a) and _read_only(b))):
+            dtype = a.weight.dtype  # which its hooks may widen
+            dtype = torch.promote_types(dtype, x.dtype) if a._forward_pre_hooks else dtype
+            return y + b(a(self._dropped(name, x).to(dtype))) * self._buffers[scaling_buffer(name)]
         dropout = self.lora_dropout[name]
         if self.use_dora[name] or not (isinstance(dropout, _Dropout) and dropout.training):
             return super().update_rows(name, x, y)
@@ -264,6 +274,13 @@ class LoraLinear(LoraLayer):
     def _base_product(self, x):
         weight = self.weight
         return F.linear(x.to(weight.dtype), weight)
+
+
+def _read_only(factor):
+    """Whether a factor's weight is all that counts: nothing happens when the module is called."""
+    return factor.__class__ is _Linear and not (
+        factor._forward_hooks or factor._forward_pre_hooks or factor._backward_hooks or factor._backward_pre_hooks
+    )
 
 
 def _unhooked(module):

@@ -155,3 +155,43 @@ def test_inputs_are_not_cast_to_the_dtype_of_the_factors():
         with package.helpers.disable_input_dtype_casting(model, active=cast_free):
             outputs[package.__name__] = model(x).detach()
     torch.testing.assert_close(outputs["lora_kernels"], outputs["peft"])
+
+
+def test_names_of_adapters_with_a_slash_are_refused(tmp_path):
+    for package in (peft, lk):
+        wrapper = wrapped(package)
+        wrapper.save_pretrained(tmp_path / package.__name__)
+        if package is peft:
+            wrapper.load_adapter(tmp_path / "peft", "org/name")
+        else:
+            with pytest.raises(ValueError, match="expected a name without"):
+                wrapper.load_adapter(tmp_path / "lora_kernels", "org/name")
+
+
+def test_dropout_of_a_new_adapter_follows_the_base():
+    """PEFT's is on until ``eval()`` is called, though transformers gives models that are in eval mode."""
+    torch.manual_seed(0)
+    same = []
+    for package in (peft, lk):
+        config = package.LoraConfig(target_modules=["q_proj"], r=4, lora_dropout=0.5, init_lora_weights=False)
+        model = package.get_peft_model(tiny().eval(), config)
+        same.append(torch.equal(model(token_ids()), model(token_ids())))
+        model.train()
+        assert not torch.equal(model(token_ids()), model(token_ids()))
+    assert same == [False, True]
+
+
+def test_second_derivatives_and_function_transforms_are_refused():
+    for package in (peft, lk):
+        config = package.LoraConfig(target_modules=["0"], r=2)
+        model, x = package.get_peft_model(nn.Sequential(nn.Linear(8, 4)), config), torch.randn(3, 8, requires_grad=True)
+        for call in (
+            lambda m=model, x=x: torch.autograd.grad(m(x).square().sum(), x, create_graph=True),
+            lambda m=model, x=x: torch.func.jacrev(m)(x.detach()),
+            lambda m=model, x=x: torch.func.jvp(m, (x.detach(),), (x.detach(),)),
+        ):
+            if package is peft:
+                call()
+            else:
+                with pytest.raises(RuntimeError):
+                    call()

@@ -333,3 +333,16 @@ def test_a_vision_model_that_names_no_embeddings(tmp_path):
         again = package.get_peft_model(base(), package.LoraConfig(**values)).eval()
         package.set_peft_model_state_dict(again, package.get_peft_model_state_dict(made))
         torch.testing.assert_close(again(x).logits, made(x).logits)
+
+
+def test_what_scripts_pass_to_models_is_taken(tmp_path):
+    model = lk.get_peft_model(nn.Sequential(nn.Linear(8, 8)), lk.LoraConfig(r=2, target_modules=["0"]))
+    model.save_pretrained(tmp_path, save_function=torch.save, max_shard_size="1GB", push_to_hub=False)
+    with pytest.warns(UserWarning, match="torch_dtype: has no effect on adapters"):
+        lk.PeftModel.from_pretrained(nn.Sequential(nn.Linear(8, 8)), tmp_path, torch_dtype=torch.float16)
+    with pytest.warns(UserWarning, match="trust_remote_code: has no effect"):
+        model.load_adapter(tmp_path, "b", trust_remote_code=True)
+    with pytest.raises(TypeError, match="tokken: no such argument"):
+        model.load_adapter(tmp_path, "c", tokken="x")
+    with pytest.raises(ValueError, match=r"push_to_hub: saving does not upload"):
+        model.save_pretrained(tmp_path, push_to_hub=True)

@@ -197,3 +197,44 @@ def test_layers_of_ones_own_that_are_none_of_ours_are_refused_by_name():
     peft.LoraConfig()._register_custom_module({nn.LSTM: OwnLayer})
     with pytest.raises(NotImplementedError, match=r"_register_custom_module: .*OwnLayer.*`peft` creates such a model"):
         lk.LoraConfig()._register_custom_module({nn.LSTM: OwnLayer})
+
+
+@BOTH
+def test_layers_of_an_injected_model_are_all_told_of(package):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=20))
+    config = package.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    model = package.inject_adapter_in_model(config, base)
+    model.lm_head.enable_adapters(False)
+    names = [status.name for status in package.get_layer_status(model)]
+    assert names == ["model.layers.0.self_attn.q_proj", "lm_head"]
+    assert package.get_model_status(model).enabled == "irregular"
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("rows", [None, ["default", "__base__", "other"]])
+def test_modules_of_factors_are_called_where_that_matters(rows):
+    outputs, seen = [], []
+    for package in (peft, lk):
+        torch.manual_seed(1)
+        config = package.LoraConfig(target_modules=["0", "2"], init_lora_weights=False)
+        model = package.get_peft_model(net(), config)
+        model.add_adapter("other", config)
+        model.eval()
+        first, last = model.base_model.model[0], model.base_model.model[2]
+        torch.manual_seed(2)
+        for layer in (first, last):
+            for factor in (layer.lora_A, layer.lora_B):
+                for name in ("default", "other"):
+                    nn.init.normal_(factor[name].weight)
+        first.lora_A["default"].register_forward_hook(lambda m, x, y, s=seen, p=package: s.append(p) or y + 1)
+        last.lora_B["default"].__class__ = Doubled
+        x = torch.linspace(-1, 1, 3 * 64).view(3, 64)
+        outputs.append(model(x) if rows is None else model(x, adapter_names=rows))
+    assert seen == [peft, lk]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)

@@ -97,3 +97,86 @@ def test_adapter_trainer_reads_checkpoints_of_the_whole_model(tmp_path):
 def test_adapter_trainer_is_the_plain_one_for_other_models(tmp_path):
     trained(peft, tmp_path, 2, trainer=AdapterTrainer)
     assert "adapter_model.safetensors" in os.listdir(tmp_path / "checkpoint-2")
+
+
+BERT = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def short(package, kind, base, rows, folder, task, target, **options):
+    """A trainer that has done one step."""
+    model = package.get_peft_model(base, package.LoraConfig(task_type=task, r=2, target_modules=[target]))
+    settings = {
+        "max_steps": 1,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **options,
+    }
+    trainer = kind(
+        model, transformers.TrainingArguments(str(folder), **settings), train_dataset=rows, eval_dataset=rows
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+@pytest.mark.parametrize("kind", [transformers.Trainer, AdapterTrainer])
+def test_all_columns_that_the_base_model_takes_arrive(tmp_path, task, kind):
+    for package in (peft, lk):
+        base = transformers.BertForSequenceClassification(transformers.BertConfig(**BERT))
+        seen = []
+        embeddings = base.bert.embeddings
+        embeddings.register_forward_pre_hook(
+            lambda m, a, k, s=seen: s.append(k.get("token_type_ids")), with_kwargs=True
+        )
+        types = torch.tensor([0, 0, 0, 1, 1, 1])
+        rows = [{"input_ids": torch.arange(6), "token_type_ids": types, "labels": i % 2} for i in range(8)]
+        short(package, kind, base, rows, tmp_path, task, "query")
+        assert seen[0] is not None, package.__name__
+
+
+class Classifier(transformers.PreTrainedModel):
+    """A model whose forward takes no other keywords; its quantisation is what transformers asks it for."""
+
+    config_class = transformers.BertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed, self.query = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 8)
+        self.classifier = torch.nn.Linear(8, 2)
+        self.post_init()
+
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, output_attentions=None,
+        output_hidden_states=None, return_dict=None,
+    ):  # fmt: skip
+        logits = self.classifier(self.query(self.embed(input_ids).mean(1)))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("kind", [transformers.Trainer, AdapterTrainer])
+def test_models_of_ones_own_and_quantised_ones_are_trained(tmp_path, quantised, kind):
+    rows = [{"input_ids": torch.arange(6), "labels": i % 2} for i in range(8)]
+    for package in (peft, lk):
+        base = Classifier(transformers.BertConfig())
+        if quantised:
+            base.is_quantized, base.hf_quantizer = True, type("Quantizer", (), {"is_trainable": True})()
+        short(package, kind, base, rows, tmp_path, "SEQ_CLS", "query")
+
+
+def test_labels_are_found_and_smoothed_as_for_peft_where_the_plain_trainer_sees_another_class(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    rows = [{"input_ids": (torch.arange(6) + i) % 20, "labels": (torch.arange(6) + i) % 20} for i in range(8)]
+
+    def loss(package, kind, task, **options):
+        torch.manual_seed(0)
+        base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=20))
+        return short(package, kind, base, rows, tmp_path, task, "q_proj", **options).evaluate().get("eval_loss")
+
+    for task, options in (("CAUSAL_LM", {"label_smoothing_factor": 0.1}), (None, {})):
+        expected = loss(peft, transformers.Trainer, task, **options)
+        plain = loss(lk, transformers.Trainer, task, **options)
+        assert plain is None or abs(plain - expected) > 0.01
+        assert abs(loss(lk, AdapterTrainer, task, **options) - expected) < 1e-3
