@@ -195,3 +195,65 @@ def test_second_derivatives_and_function_transforms_are_refused():
             else:
                 with pytest.raises(RuntimeError):
                     call()
+
+
+def trained_of(model):
+    """The adapters that have a parameter which trains."""
+    return {name.split(".")[-2] for name, p in model.named_parameters() if "lora_" in name and p.requires_grad}
+
+
+def test_adding_adapters_leaves_a_merged_model_merged():
+    merged = []
+    for package in (peft, lk):
+        model = wrapped(package)
+        model.merge_adapter()
+        expected = model(token_ids())
+        model.add_adapter("b", package.LoraConfig(target_modules=["q_proj"], r=2))
+        torch.testing.assert_close(model(token_ids()), expected, rtol=1e-4, atol=1e-4)
+        merged.append(model.get_model_status().merged_adapters)
+    assert merged == [[], ["default"]]
+
+
+def test_merging_an_unknown_adapter_is_refused():
+    for package in (peft, lk):
+        model = wrapped(package)
+        if package is peft:
+            model.merge_adapter(["other"])
+        else:
+            with pytest.raises(ValueError, match="other"):
+                model.merge_adapter(["other"])
+        assert model.get_model_status().merged_adapters == []
+
+
+def test_a_dropout_of_one_is_refused():
+    for package in (peft, lk):
+        if package is peft:
+            package.LoraConfig(lora_dropout=1.0)
+        else:
+            with pytest.raises(ValueError, match="lora_dropout"):
+                package.LoraConfig(lora_dropout=1.0)
+
+
+def test_wrapping_again_freezes_the_adapter_before():
+    found = []
+    for package in (peft, lk):
+        base = tiny()
+        for name in ("first", "second"):
+            model = package.get_peft_model(base, package.LoraConfig(target_modules=["q_proj"], r=2), name)
+        found.append(trained_of(model))
+    assert found == [{"first", "second"}, {"second"}]
+
+
+def test_after_deleting_the_active_adapter_the_next_has_its_own_module():
+    outputs = []
+    for package in (peft, lk):
+        torch.manual_seed(0)
+        model = wrapped(package)
+        model.add_adapter("b", package.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["head"]))
+        randomize(model)
+        model.set_adapter("b")
+        expected = model(token_ids())
+        model.set_adapter("default")
+        model.delete_adapter("default")
+        outputs.append(torch.allclose(model(token_ids()), expected, rtol=1e-4, atol=1e-4))
+    assert outputs == [False, True]
