@@ -61,11 +61,12 @@ def _headline(found, case):
 def everything(folder):
     """docs/figures.md: a chapter a file."""
     head = (
-        "# Figures\n\nWritten by `python bench/figures.py` from `bench/results/`. Times are the best of many, sides "
-        "in turn in one run; base is the product or model without adapters, `addmm_` its update by torch in place, "
-        "limit what the added FLOPs cost at the base's speed. The bounds of `targets` were set for a CPU with AVX-512 and "
-        "no AMX; a shared machine moves between a high clock with slow memory and the opposite, which decides single "
-        "bounds of few rows (`_rerun` is another day on the same CPU). `python -m lora_kernels bench --suite targets`, "
+        "# Figures\n\n"
+        "Written by `python bench/figures.py` from `bench/results/`. Times are the best of many, sides in turn in one "
+        "run; base is the product or model without adapters, `addmm_` its update by torch in place, limit what the "
+        "added FLOPs cost at the base's speed. The bounds of `targets` are meant for a CPU with AVX-512, without AMX; "
+        "a shared machine moves between a high clock with slow memory and the opposite, which decides single bounds "
+        "of few rows (`_rerun` is another day on the same CPU). `python -m lora_kernels bench --suite targets`, "
         "`python bench/peft_life.py`, `python bench/exact_merge.py` and `python bench/disk_merge.py` repeat them."
     )
     return "\n\n".join([head, *(_chapter(path) for path in sorted(folder.glob("*.json")))]) + "\n"
