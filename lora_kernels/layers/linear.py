@@ -87,10 +87,20 @@ class LoraLinear(LoraLayer):
         return layer.train(peft_layer.training)
 
     def to_peft(self):
-        """The same layer as ``peft`` has it, sharing the base layer and the factors; needs ``peft``."""
+        """The same layer as ``peft`` has it, sharing the base layer and the factors; needs ``peft``.
+
+        Raises:
+            ValueError: no adapter, one with DoRA or ``lora_bias``, or one that was scaled after it was merged.
+        """
         from peft import LoraConfig
         from peft.tuners.lora import Linear
 
+        for name in self.r:
+            if self.use_dora[name] or self.lora_bias[name]:
+                raise ValueError(f"to_peft: adapter '{name}' has DoRA or lora_bias; only plain adapters are converted")
+            if self._merged.get(name, self.scaling[name]) != self.scaling[name]:
+                raise ValueError(f"to_peft: adapter '{name}' was scaled after it was merged; unmerge it first")
+        trainable = [(p, p.requires_grad) for p in self.parameters()]
         layer = None
         for name, r in self.r.items():
             values = {"r": r, "lora_alpha": self.lora_alpha[name], "use_rslora": self.use_rslora[name]}
@@ -103,7 +113,6 @@ class LoraLinear(LoraLayer):
             layer.scaling[name] = self.scaling[name]
         if layer is None:
             raise ValueError("to_peft: the layer has no adapter")
-        trainable = [(p, p.requires_grad) for p in layer.parameters()]
         layer.set_adapter(self.active_adapters)
         layer._disable_adapters = self._disable_adapters
         layer.merged_adapters = list(self._merged)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..walk import each_path
+from .base import LoraLayer
 from .embedding import LoraEmbedding
 
 
@@ -65,7 +66,8 @@ class Tie:
 def part(layers, model):
     """Gives a weight of its own to each of ``layers`` whose weight other modules use too, so that it can be merged.
 
-    What was merged into the shared weight would change what the others compute.
+    What was merged into the shared weight would change what the others compute, and what a layer that was parted
+    before gets back.
     """
     weights = {layer: layer.get_base_layer()._parameters.get(layer.weight_name) for layer in layers}
     if _each_used_once({id(weight) for weight in weights.values()}, model):
@@ -78,6 +80,9 @@ def part(layers, model):
         for parameter in module._parameters.values():
             if id(parameter) in users:
                 users[id(parameter)][id(owner)] = owner
+        aside = _set_aside(module)
+        if id(aside) in users:
+            users[id(aside)][id(module)] = module
     for layer, weight in weights.items():
         owners = users[id(weight)]
         family = [layer, *(o for o in owners.values() if o is not layer and getattr(o, "holder", None) is layer)]
@@ -87,12 +92,20 @@ def part(layers, model):
                 _give(one, own, len(used.get(id(one.get_base_layer()), ())) > 1)
 
 
+def _set_aside(module):
+    """The weight that a parted layer gets back; None of any other module."""
+    shared = module.__dict__.get("_shared")
+    return shared[2] if isinstance(module, LoraLayer) and shared is not None else None
+
+
 def _each_used_once(weights, model):
     """Whether each of the parameters (by id) is reached on one path alone, as in most models: cheaper to see than who
     uses them."""
     left, stack = set(weights), [model]
     while stack:
         module = stack.pop()
+        if id(_set_aside(module)) in weights:
+            return False
         for parameter in module._parameters.values():
             if id(parameter) in weights:
                 if id(parameter) not in left:

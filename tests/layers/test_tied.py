@@ -320,3 +320,42 @@ def test_a_further_adapter_is_tied_where_peft_leaves_the_head_out(fields, at_emb
         assert (head in state) is (library is lk)
         if library is lk:
             assert state[head].data_ptr() == state[embedding].data_ptr()
+
+
+STEPS = {
+    "both, one out": [("+", "h"), ("+", "e"), ("-", "h"), ("-", "e")],
+    "both, other order": [("+", "e"), ("+", "h"), ("-", "e"), ("-", "h")],
+    "head, switched": [("+", "h"), ("s", "h", "e"), ("-", "e")],
+    "embedding, switched": [("+", "e"), ("s", "e", "h"), ("-", "h")],
+    "back and forth": [("+", "h"), ("+", "e"), ("-", "h"), ("+", "h"), ("-", "e"), ("+", "e"), ("-", "h"), ("-", "e")],
+}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+def test_tied_layers_are_merged_and_unmerged_in_any_order(steps, exact):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Embedding(20, 16), torch.nn.Linear(16, 20, bias=False))
+    net[1].weight = net[0].weight
+    config = {"r": 2, "init_lora_weights": False}
+    model = lk.get_peft_model(net, lk.LoraConfig(target_modules=["0"], **config), "e").eval()
+    model.add_adapter("h", lk.LoraConfig(target_modules=["1"], **config))
+    layers = {"e": model.base_model.model[0], "h": model.base_model.model[1]}
+    shared = layers["e"].weight
+    original, deltas = shared.detach().clone(), {name: x.get_delta_weight(name).detach() for name, x in layers.items()}
+    merged = set()
+    for kind, *names in steps:
+        if kind == "+":
+            model.merge_adapter(names, exact=exact)
+        elif kind == "-":
+            model.unmerge_adapter(names)
+        else:
+            model.switch_adapter(*names)
+        merged = {"+": merged | {*names}, "-": merged - {*names}, "s": {names[-1]}}[kind]
+        for name, layer in layers.items():
+            assert layer.merged_adapters == [name] * (name in merged)
+            expected = original + deltas[name] if name in merged else original
+            torch.testing.assert_close(layer.weight, expected, rtol=1e-5, atol=1e-5)
+            if exact and name not in merged:
+                assert torch.equal(layer.weight, original)
+    assert layers["e"].weight is layers["h"].weight is shared

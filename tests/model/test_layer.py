@@ -388,3 +388,23 @@ def test_from_peft_and_to_peft_share_everything(dropout):
     merged = LoraLinear.from_peft(theirs)
     assert merged.merged_adapters == ["default", "b"]
     torch.testing.assert_close(merged(x), theirs(x))
+
+
+def test_to_peft_keeps_what_trains_and_refuses_what_it_would_lose():
+    pytest.importorskip("peft")
+    layer = LoraLinear.from_linear(nn.Linear(8, 6), r=2)
+    layer.update_layer("b", 3, 6)
+    layer.set_adapter("b")
+    before = {name: p.requires_grad for name, p in layer.named_parameters()}
+    layer.to_peft()
+    assert {name: p.requires_grad for name, p in layer.named_parameters()} == before
+    for options in ({"use_dora": True}, {"lora_bias": True}):
+        other = LoraLinear.from_linear(nn.Linear(8, 6), r=2)
+        other.update_layer("b", 2, 4, **options)
+        with pytest.raises(ValueError, match="adapter 'b' has DoRA or lora_bias"):
+            other.to_peft()
+    merged = LoraLinear.from_linear(nn.Linear(8, 6), r=2, init_lora_weights=False)
+    merged.merge()
+    merged.set_scale("default", 3.0)
+    with pytest.raises(ValueError, match="scaled after it was merged"):
+        merged.to_peft()
