@@ -56,6 +56,11 @@ def _full_tensors(base, keys, adapter, edits, taken, problems, allow_tied):
             continue
         info = base.tensors[target]
         problem = _replacement_problem(info, tensor)
+        if not problem and not allow_tied and _leaves_the_head(base, adapter, name, tensor):
+            problem = (
+                f"'{target}' is the output head too (tie_word_embeddings), which the adapter was trained without "
+                "changing; --allow-tied replaces both, or untie the base model first"
+            )
         edit = edits.setdefault(target, Edit())
         if (
             not problem
@@ -104,6 +109,17 @@ def _replacement_problem(info, tensor):
     if not tensor.to(info.torch_dtype).isfinite().all():
         return f"a value is beyond the range of {info.dtype}"
     return None
+
+
+def _leaves_the_head(base, adapter, name, tensor):
+    """Whether a saved input embedding is that of a model whose output head, the same tensor here, stays as it was."""
+    path = name.removesuffix(".weight")
+    saved = any(path.endswith(wanted) for wanted in adapter.config.modules_to_save or ())
+    if not base.tied or not saved or adapter.config.ensure_weight_tying or has_head(base):
+        return False
+    heads = [t for n, (t, _) in adapter.full.items() if n.split(".")[-2:] == ["lm_head", "weight"]]
+    own = is_embedding(name) or path.split(".")[-1] == "shared"
+    return own and not any(torch.equal(head, tensor) for head in heads)
 
 
 def _same_as_tied(base, keys, adapter, name, tensor):

@@ -131,6 +131,13 @@ def pick(name, tensor):
     return HANDLES[name]
 
 
+def _switch(variable):
+    value = os.environ.get(variable) or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"{variable}: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
 def _interpret(name, *args):
     """A Triton kernel on CPU tensors, in Triton's interpreter."""
     reason = triton_backend.refusal(name, args)
@@ -140,6 +147,6 @@ def _interpret(name, *args):
 
 
 _set(
-    _named(os.environ.get("LORA_KERNELS_BACKEND", "auto"), "LORA_KERNELS_BACKEND"),
-    os.environ.get("LORA_KERNELS_BATCH_INVARIANT", "0") == "1",
+    _named(os.environ.get("LORA_KERNELS_BACKEND") or "auto", "LORA_KERNELS_BACKEND"),
+    _switch("LORA_KERNELS_BATCH_INVARIANT"),
 )

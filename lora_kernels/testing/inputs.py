@@ -72,7 +72,7 @@ def make_linear(
         bias=normal(out_features, std=0.1) if bias and base else None,
         lora_a=normal(*a_shape, std=scale, like=adapter_dtype),
         lora_b=normal(out_features, rank, std=max(rank, 1) ** -0.5, like=adapter_dtype),
-        scaling=torch.tensor(0.7, device=device),
+        scaling=torch.tensor(0.7, device=device, dtype=torch.float32),
     )
 
 
@@ -160,7 +160,7 @@ def make_multi(
         bias=case.bias,
         a_bank=normal(num_slots, *a_shape, std=max(in_features, 1) ** -0.5),
         b_bank=normal(num_slots, out_features, max_rank, std=max_rank**-0.5),
-        slot_scalings=torch.linspace(0.5, 2.0, num_slots, device=device),
+        slot_scalings=torch.linspace(0.5, 2.0, num_slots, device=device, dtype=torch.float32),
         token_slots=slots.to(device),
         slot_ranks=ranks.to(device),
     )

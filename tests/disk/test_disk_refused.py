@@ -9,6 +9,7 @@ import torch
 from disk_cases import llama, save_adapter, save_base
 from safetensors.torch import load_file, save_file
 
+import lora_kernels as lk
 from lora_kernels.disk import merge_checkpoint
 from lora_kernels.disk.keys import KeyMatchError, Keys
 from lora_kernels.io.checkpoint import CheckpointError
@@ -169,6 +170,31 @@ def test_tied_embeddings(tmp_path):
     tensors = load_file(tmp_path / "a" / WEIGHTS)
     save_file({n: t for n, t in tensors.items() if ".base_layer." not in n}, tmp_path / "a" / WEIGHTS)
     refused(tmp_path, "has no lm_head.weight")
+
+
+def test_an_embedding_that_was_trained_apart_from_its_head(tmp_path):
+    """The head of the model stays as it was, in PEFT and here: one tensor can not be both."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, vocab_size=20, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    for tied in (False, True):
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+        base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        options = {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"], "ensure_weight_tying": tied}
+        model = lk.get_peft_model(base, lk.LoraConfig(r=2, **options)).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and "lora" not in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.save_pretrained(tmp_path / "a")
+        if not tied:
+            refused(tmp_path, "which the adapter was trained without changing")
+            continue
+        merge_checkpoint(tmp_path / "base", [tmp_path / "a"], tmp_path / "out", quiet=True)
+        merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+        ids = torch.arange(6)[None]
+        torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_two_adapters_that_replace_the_same_tensor(job):

@@ -254,3 +254,13 @@ def test_explain_says_what_ran():
     if dispatch.unavailable("cpu") is None:
         lora_linear(*case.args())
         assert "(the last one)" in lk.explain()
+
+
+def test_the_environments_words(monkeypatch):
+    name = "LORA_KERNELS_BATCH_INVARIANT"
+    for value, expected in (("1", True), ("0", False), ("", False)):
+        monkeypatch.setenv(name, value)
+        assert dispatch._switch(name) is expected
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ValueError, match=f"{name}: expected 0 or 1, got 'true'"):
+        dispatch._switch(name)
