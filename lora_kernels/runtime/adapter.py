@@ -33,7 +33,12 @@ def parse(pool, config, tensors, skip_modules_to_save):
         raise ValueError(f"tensors: only LoRA on linear layers is served, got {other[:5]}")
     if not found:
         raise ValueError("tensors: no lora_A and lora_B found")
-    return {path: _checked(pool, config, path, factors) for path, factors in found.items()}
+    linears = {
+        name: module
+        for name, module in pool.model.named_modules()
+        if name and isinstance(module, (nn.Linear, PooledLinear)) and not name.endswith(".base_layer")
+    }
+    return {path: _checked(pool, config, linears, path, factors) for path, factors in found.items()}
 
 
 def closest(wanted, names):
@@ -67,16 +72,11 @@ def _place(key):
     return None, None
 
 
-def _checked(pool, config, path, factors):
-    linears = {
-        name: module
-        for name, module in pool.model.named_modules()
-        if name and isinstance(module, (nn.Linear, PooledLinear)) and not name.endswith(".base_layer")
-    }
+def _checked(pool, config, linears, path, factors):
     if path not in linears:
         raise ValueError(f"tensors: the model has no linear layer '{path}'{closest(path, linears)}")
     layer = linears[path]
-    if isinstance(layer, PooledLinear) and not pool.owns(layer):
+    if isinstance(layer, PooledLinear) and not pool.owns(path, layer):
         raise ValueError(f"model: another pool serves '{path}'; remove it first")
     if isinstance(pool.model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention):
         raise ValueError(f"tensors: '{path}' is used by nn.MultiheadAttention without being called")

@@ -38,6 +38,7 @@ class PooledLinear(nn.Module):
             }
         for name, bank in banks.items():
             self.register_buffer(name, bank, persistent=False)
+        router.serve(device)
 
     @property
     def weight(self):
@@ -97,6 +98,7 @@ class PooledLinear(nn.Module):
         super()._apply(fn, recurse)
         if self.slot_scalings.dtype is not torch.float32:  # the model was cast
             self.slot_scalings = exact.to(self.slot_scalings.device)
+        self._router.serve(self.slot_scalings.device)
         return self
 
 

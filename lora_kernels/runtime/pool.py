@@ -47,8 +47,8 @@ class AdapterPool:
         if dtype is not None and dtype not in WIDTHS:
             raise ValueError(f"dtype: expected None or one of {', '.join(map(str, WIDTHS))}, got {dtype!r}")
         self.model, self.num_slots, self.max_rank, self.dtype = model, num_slots, max_rank, dtype
-        devices = [p.device for p in model.parameters() if p.device.type != "meta"]
-        self._router = Router(num_slots, devices[:1] or [torch.device("cpu")])
+        devices = (p.device for p in model.parameters() if p.device.type != "meta")
+        self._router = Router(num_slots, [next(devices, torch.device("cpu"))])
         self._slot_of = {}
         self._layers = {}
         self._fused = []
@@ -94,10 +94,13 @@ class AdapterPool:
         with self._lock:
             slot = self._free_slot(name)
             adapters = parse(self, config, tensors, skip_modules_to_save)
+            before = set(self._layers)
             try:
                 for path, adapter in adapters.items():
                     self._layer(path).fill(slot, *adapter)
+                self._unfuse()
             except BaseException:
+                self._unwrap(set(self._layers) - before)
                 self._clear(slot)
                 raise
             self._slot_of[name] = slot
@@ -151,16 +154,12 @@ class AdapterPool:
         with self._lock:
             if +self._running:
                 raise RuntimeError("remove: a batch is running; remove the pool after")
-            for path, layer in self._layers.items():
-                if self.model.get_submodule(path) is layer:
-                    self._replace(path, layer.base_layer)
-            for module, attribute, value in self._fused:
-                setattr(module, attribute, value)
-            self._layers, self._slot_of, self._fused = {}, {}, []
+            self._unwrap(list(self._layers))
+            self._slot_of = {}
 
-    def owns(self, layer):
-        """Whether this pool has put ``layer`` into the model."""
-        return any(own is layer for own in self._layers.values())
+    def owns(self, path, layer):
+        """Whether this pool has put ``layer`` into the model, at ``path``."""
+        return self._layers.get(path) is layer
 
     def _free_slot(self, name):
         if name in self._slot_of:
@@ -187,10 +186,23 @@ class AdapterPool:
             layer = PooledLinear(base, self._router, self.num_slots, self.max_rank, self.dtype)
             self._layers[path] = layer.train(base.training)
             self._replace(path, layer)
-            for fused in fused_paths(self.model.modules(), PooledLinear):
-                self._fused.append(fused)
-                turn_off(fused)
         return self._layers[path]
+
+    def _unwrap(self, paths):
+        """Gives the model its own layers back; not where somebody has put another there since."""
+        for path in paths:
+            layer = self._layers.pop(path)
+            if self.model.get_submodule(path) is layer:
+                self._replace(path, layer.base_layer)
+        for module, attribute, value in self._fused:
+            setattr(module, attribute, value)
+        self._fused = []
+        self._unfuse()
+
+    def _unfuse(self):
+        for fused in fused_paths(self.model.modules(), PooledLinear):
+            self._fused.append(fused)
+            turn_off(fused)
 
     def _replace(self, path, module):
         parent, _, child = path.rpartition(".")

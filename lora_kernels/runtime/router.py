@@ -17,13 +17,18 @@ class Router(threading.local):
 
     def __init__(self, num_slots, devices):
         self.num_slots = num_slots
-        self.devices = devices  # where layers have asked for slots; of all threads
+        self.devices = devices  # of the layers; one list for all threads
         self.batch_size = 0
         self._slots = {}  # {(batch size, device): slots}
-        self._plans = {}
+        self._plans = {}  # {(shape without features, device): plan} of the batch that runs
 
     def __reduce__(self):  # a copy or a pickle of a model has no batch running
         return Router, (self.num_slots, list(self.devices))
+
+    def serve(self, device):
+        """Batches have their slots on ``device``, too, from now on."""
+        if device.type != "meta" and device not in self.devices:
+            self.devices.append(device)
 
     def start(self, slots):
         """Routes the rows of the next batches to ``slots``."""
@@ -51,6 +56,15 @@ class Router(threading.local):
         """
         if self.batch_size == 0:
             return None
+        if torch.compiler.is_compiling():
+            return self._make(x)
+        key = x.shape[:-1], x.device
+        if key not in self._plans:
+            with torch.inference_mode(False), torch.no_grad():
+                self._plans[key] = self._make(x)
+        return self._plans[key]
+
+    def _make(self, x):
         num_tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
         if num_tokens % self.batch_size:
             raise ValueError(
@@ -61,20 +75,8 @@ class Router(threading.local):
                 f"x: expected the {self.batch_size} rows that pool.batch names as its first dimension, got shape "
                 f"{tuple(x.shape)}; a layer whose input has no batch, or not first, can not be served"
             )
-        if torch.compiler.is_compiling():
-            return self._make(num_tokens, x.device)
-        key = num_tokens, x.device
-        if key not in self._plans:
-            with torch.inference_mode(False), torch.no_grad():
-                self._plans[key] = self._make(num_tokens, x.device)
-        return self._plans[key]
-
-    def _make(self, num_tokens, device):
-        slots = self._slots.get((self.batch_size, device))
-        if slots is None:  # the model has moved; the next batch finds its place there
-            slots = self._slots[self.batch_size, self.devices[0]].to(device)
-            if not torch.compiler.is_compiling():
-                self._slots[self.batch_size, device] = slots
-                self.devices.append(device)
+        slots = self._slots.get((self.batch_size, x.device))
+        if slots is None:  # the model was moved under the batch
+            slots = self._slots[self.batch_size, self.devices[0]].to(x.device)
         tokens = slots.view(-1, 1).expand(-1, num_tokens // self.batch_size).reshape(num_tokens)
         return ops.plan_batch(tokens, num_slots=self.num_slots)

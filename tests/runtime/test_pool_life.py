@@ -80,6 +80,40 @@ def test_an_error_at_the_start_of_a_batch_leaves_the_base(monkeypatch):
     pool.evict("a")
 
 
+def test_an_error_half_way_through_registering_leaves_the_model(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(SIZE, 2, SIZE, batch_first=True).eval()
+    pool, before, fill, calls = lk.AdapterPool(model, 2, 8), model.activation_relu_or_gelu, PooledLinear.fill, []
+
+    def failing(layer, *args):
+        calls.append(layer)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        fill(layer, *args)
+
+    both = factors(0, "linear1") | factors(0, "linear2")
+    with monkeypatch.context() as patch:
+        patch.setattr(PooledLinear, "fill", failing)
+        with pytest.raises(KeyboardInterrupt):
+            pool.register("a", both, config=config("linear1"))
+    assert len(calls) == 2
+    assert type(model.linear1) is type(model.linear2) is nn.Linear
+    assert model.activation_relu_or_gelu == before
+    pool.register("a", both, config=config("linear1"))
+    assert model.activation_relu_or_gelu == 0
+
+
+def test_slots_are_where_the_layers_are():
+    pool, cpu = served(), torch.device("cpu")
+    assert pool._router.devices == [cpu]
+    pool.model[0]._router.serve(torch.device("meta"))
+    assert pool._router.devices == [cpu]
+    pool._router.devices.insert(0, other := torch.device("cpu", 0))  # as of a model that was moved
+    with torch.no_grad(), pool.batch(["a"]):
+        pool.model(torch.randn(1, SIZE))
+        assert {device for _, device in pool._router._slots} == {cpu, other}
+
+
 class WithPositions(nn.Module):
     """Projects its input and, as DeBERTa does, positions that all samples share."""
 
