@@ -41,7 +41,7 @@ def read_adapter(model, model_id, config=None, *, device="cpu", key_mapping=None
         TypeError: an argument that loading does not have.
     """
     for name in _OF_MODELS:
-        if hub.pop(name, None) is not None:
+        if hub.pop(name, None):
             warnings.warn(f"{name}: has no effect on adapters, only on the base model", stacklevel=3)
     unknown = [name for name in hub if name not in _HUB + _PLACING]
     if unknown:

@@ -46,7 +46,7 @@ def main(base, adapter, out, wanted, seed, kills):
     duration = time.monotonic() - began
     shutil.rmtree(out)
     killed = continued = in_round = 0
-    while killed < int(kills):
+    while killed < int(kills) or continued < 3:  # when a kill strikes is the clock's
         child = start(base, adapter, out)
         time.sleep(generator.uniform(0.0, 0.5 + 0.1 * in_round) * duration)
         os.kill(child, signal.SIGKILL)
