@@ -12,17 +12,20 @@ SHAPES = {
     "square-2048": (2048, 2048),
     "minilm-384": (384, 384),
 }
+# The same, too large for the suites of a CPU.
+GPU_SHAPES = {"square-8192": (8192, 8192)}
 # name: (in_features, out_features a projection) of a ``grouped`` case; a plain shape stands for two projections of it.
 GROUPS = {"llama3-8b-qkv": (4096, (4096, 1024, 1024))}
 NUM_TOKENS = (1, 4, 8, 16, 64, 512, 4096)
 NUM_ADAPTERS = 16  # of a ``multi`` case, taken by its rows in turn
 OPS = ("forward", "multi", "grouped", "merge", "unmerge", "switch", "train", "overhead")
+GPU_OPS = ("gemm", "dx", "exact", "switch_exact")  # of the benchmark on a GPU alone, see gpu.py
 DTYPES = ("bfloat16", "float32", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One thing to time. ``adapter_dtype`` None is ``dtype``."""
+    """One thing to time. ``adapter_dtype`` None is ``dtype``; ``adapters``: of a ``multi`` case."""
 
     op: str
     shape: str
@@ -31,13 +34,14 @@ class Case:
     dtype: str = "bfloat16"
     adapter_dtype: str | None = None
     dropout: float = 0.0
+    adapters: int = NUM_ADAPTERS
 
     @property
     def sizes(self):
         """(in_features, out_features), of a ``grouped`` case those of all projections together."""
         if self.op == "overhead":
             return (4, 4)
-        return (self._group[0], sum(self.widths)) if self.op == "grouped" else SHAPES[self.shape]
+        return (self._group[0], sum(self.widths)) if self.op == "grouped" else (SHAPES | GPU_SHAPES)[self.shape]
 
     @property
     def _group(self):
@@ -54,6 +58,7 @@ class Case:
         parts = [self.op, self.shape, f"M={self.num_tokens}" if self.num_tokens else "", f"r={self.rank}", self.dtype]
         parts += ["A,B " + self.adapter_dtype] if self.adapter_dtype not in (None, self.dtype) else []
         parts += [f"dropout {self.dropout}"] if self.dropout else []
+        parts += [f"{self.adapters} adapters"] if self.adapters != NUM_ADAPTERS else []
         return " ".join(part for part in parts if part)
 
     @property
@@ -61,14 +66,16 @@ class Case:
         """Least possible time relative to the base; None where it is not that of the base product."""
         in_features, out_features = self.sizes
         skinny = self.rank * (in_features + out_features) / (in_features * out_features)
-        if self.op == "forward":
+        if self.op in ("forward", "dx"):
             return 1 + skinny
+        if self.op == "gemm":
+            return 1.0
         if self.op == "train":
             return 1 + 1.5 * skinny  # six skinny products beside the base's two
         if self.op == "grouped":
             return 1 + self.rank * (len(self.widths) * in_features + out_features) / (in_features * out_features)
         if self.op == "multi":
-            return 1 + min(self.num_tokens, NUM_ADAPTERS) * skinny  # bytes: rows bring their own adapters
+            return 1 + min(self.num_tokens, self.adapters) * skinny  # bytes: rows bring their own adapters
         return None
 
 

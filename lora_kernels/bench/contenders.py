@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import ops
 from ..layers import LoraLinear
-from .cases import NUM_ADAPTERS
+from ..ops import library
 
 CACHE_BYTES = 96 << 20  # three times the last-level cache of a large server slice
 MAX_COPIES = 16
@@ -40,23 +40,28 @@ class Inputs:
         weight = normal(out_features, in_features, std=in_features**-0.5)
         copies = math.ceil(CACHE_BYTES / (weight.numel() * weight.element_size()))
         self.weights = [weight.clone() for _ in range(min(max(copies, 2), MAX_COPIES))]
-        count = {"multi": NUM_ADAPTERS, "switch": 2}.get(case.op, 1)
+        count = {"multi": case.adapters, "switch": 2, "switch_exact": 2}.get(case.op, 1)
         widths = case.widths if case.op == "grouped" else [out_features] * count  # of each adapter
         self.lora_a = [normal(case.rank, in_features, std=in_features**-0.5, dtype=adapter_dtype) for _ in widths]
         self.lora_b = [normal(width, case.rank, std=0.01, dtype=adapter_dtype) for width in widths]
         self.scaling = torch.tensor(1.0, device=device)
+        self.target = torch.empty_like(weight)
         self._next = itertools.cycle(range(len(self.weights)))
 
     def next(self, items=None):
         """The next copy of the weight (or of what was made for each copy); the turn is shared by all contenders."""
         return (self.weights if items is None else items)[next(self._next)]
 
+    def copy(self):
+        """One reading and one writing of as many bytes as the weight has."""
+        return self.target.copy_(self.next())
+
 
 @contextlib.contextmanager
 def contenders(case, device="cpu", only=None):
     """{name: function} of the case, within the right grad mode; ``only``: names to keep."""
     inputs = Inputs(case, device)
-    with torch.inference_mode(case.op in ("forward", "multi", "grouped", "overhead")):
+    with torch.inference_mode(case.op in ("forward", "gemm", "dx", "multi", "grouped", "overhead")):
         runs = _MAKERS[case.op](inputs)
         yield {name: run for name, run in runs.items() if only is None or name in only}
 
@@ -74,22 +79,45 @@ def _forward(inputs):
     return runs
 
 
+def _gemm(inputs):
+    """The product of our kernels with no adapter, which no public function asks for."""
+    x, run = inputs.x, library.op("lora_linear")
+    none = x.new_empty((0, x.shape[1])), x.new_empty((inputs.weights[0].shape[0], 0))
+    return {
+        "base": lambda: F.linear(x, inputs.next()),
+        "ours": lambda: run(x, inputs.next(), None, *none, inputs.scaling, None, False),
+    }
+
+
+def _dx(inputs):
+    """The gradient of x alone."""
+    dy, x, (a,), (b,) = inputs.dy, inputs.x, inputs.lora_a, inputs.lora_b
+    run, h = library.op("lora_linear_backward"), torch.empty((dy.shape[0], a.shape[0]), device=inputs.device)
+    rest = (inputs.scaling, h, h.new_empty(0, dtype=torch.uint8), 0.0, None, True, False, False, False)
+    return {
+        "base": lambda: dy @ inputs.next(),
+        "addmm_": lambda: (dy @ inputs.next()).addmm_(dy @ b, a),
+        "ours": lambda: run(dy, x, inputs.next(), a, b, *rest)[0],
+    }
+
+
 def _multi(inputs):
-    x = inputs.x
-    slots = torch.arange(x.shape[0], dtype=torch.int32, device=inputs.device) % NUM_ADAPTERS
-    plan = ops.plan_batch(slots, num_slots=NUM_ADAPTERS)
-    banks = (torch.stack(inputs.lora_a), torch.stack(inputs.lora_b), torch.ones(NUM_ADAPTERS, device=inputs.device))
+    x, count = inputs.x, inputs.case.adapters
+    slots = torch.arange(x.shape[0], dtype=torch.int32, device=inputs.device) % count
+    plan = ops.plan_batch(slots, num_slots=count)
+    banks = (torch.stack(inputs.lora_a), torch.stack(inputs.lora_b), torch.ones(count, device=inputs.device))
 
     def addmm():
         y = F.linear(x, inputs.next())
         for row, (a, b) in enumerate(zip(inputs.lora_a, inputs.lora_b, strict=True)):
-            _addmm(y[row::NUM_ADAPTERS], x[row::NUM_ADAPTERS], a, b)
+            _addmm(y[row::count], x[row::count], a, b)
         return y
 
     runs = {
         "base": lambda: F.linear(x, inputs.next()),
         "addmm_": addmm,
         "ours": lambda: ops.multi_lora_linear(x, inputs.next(), None, *banks, plan),
+        "copy_": inputs.copy,
     }
     if PEFT_INSTALLED:
         layers, names = _peft_layers(inputs), [f"a{slot}" for slot in slots.tolist()]
@@ -123,11 +151,10 @@ def _merge(inputs):
     """One direction at a time; the weights drift by so little that it changes no time."""
     sign = 1 if inputs.case.op == "merge" else -1
     scaling, (a,), (b,) = inputs.scaling, inputs.lora_a, inputs.lora_b
-    run = ops.merge_ if sign > 0 else ops.unmerge_
-    target = torch.empty_like(inputs.weights[0])
+    run, dtype = ops.merge_ if sign > 0 else ops.unmerge_, inputs.weights[0].dtype
     runs = {
-        "base": lambda: target.copy_(inputs.next()),
-        "addmm_": lambda: inputs.next().addmm_(b.to(target.dtype), a.to(target.dtype), alpha=sign),
+        "base": inputs.copy,
+        "addmm_": lambda: inputs.next().addmm_(b.to(dtype), a.to(dtype), alpha=sign),
         "ours": lambda: run(inputs.next(), a, b, scaling),
     }
     if PEFT_INSTALLED:
@@ -159,6 +186,7 @@ def _switch(inputs):
         "base": lambda: ops.merge_(inputs.next(), both_a, both_b, scaling),
         "addmm_": addmm,
         "ours": lambda: ops.switch_(inputs.next(), (a0, b0, scaling), (a1, b1, scaling)),
+        "copy_": inputs.copy,
     }
     if PEFT_INSTALLED:
         layers = _peft_layers(inputs)
@@ -172,6 +200,37 @@ def _switch(inputs):
 
         runs["peft"] = peft
     return runs
+
+
+def _exact(inputs):
+    """Merged and unmerged again, every bit as before; the base copies there and back."""
+    scaling, (a,), (b,) = inputs.scaling, inputs.lora_a, inputs.lora_b
+
+    def copies():
+        weight = inputs.next()
+        weight.copy_(inputs.target.copy_(weight))
+
+    def ours():
+        weight = inputs.next()
+        residual = ops.merge_exact_(weight, a, b, scaling)
+        ops.unmerge_exact_(weight, a, b, scaling, residual)
+
+    return {"base": copies, "ours": ours}
+
+
+def _switch_exact(inputs):
+    """From one adapter to the other and, the next time, back."""
+    adapters = [(a, b, inputs.scaling) for a, b in zip(inputs.lora_a, inputs.lora_b, strict=True)]
+    states = [[weight, None, *adapters] for weight in inputs.weights]
+
+    def ours():
+        state = inputs.next(states)
+        weight, residual, old, new = state
+        if residual is None:
+            residual = ops.merge_exact_(weight, *old)
+        state[1:] = ops.switch_exact_(weight, old, new, residual), new, old
+
+    return {"base": inputs.copy, "ours": ours}
 
 
 def _train(inputs):
@@ -257,11 +316,15 @@ def _peft_layers(inputs, weights=None, lora_a=None, lora_b=None):
 
 _MAKERS = {
     "forward": _forward,
+    "gemm": _gemm,
+    "dx": _dx,
     "multi": _multi,
     "grouped": _grouped,
     "merge": _merge,
     "unmerge": _merge,
     "switch": _switch,
+    "exact": _exact,
+    "switch_exact": _switch_exact,
     "train": _train,
     "overhead": _overhead,
 }

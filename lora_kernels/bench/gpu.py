@@ -4,7 +4,7 @@ Ours on each GPU backend against the base alone (cuBLAS), in-place addmm_, PEFT 
 CUDA graphs. Weights rotate over copies larger than the L2 cache. The base product is timed through cuBLAS and through
 cuBLASLt where the microseconds of choosing one do not count; the faster is what all are compared with. A part writes
 FOLDER/PART.json after each case, and a part that was cut short goes on after the last one; ``report`` prints all parts
-that are there, with the limit beside each ratio.
+that are there, with the limit beside each ratio, and the bounds of gpu_bounds.py.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..ops import cuda_choice, dispatch, triton_backend
-from . import published
+from . import gpu_bounds, published
 from .cases import Case
 from .contenders import contenders
 from .cuda_timing import graphs_of, interleaved
@@ -24,11 +24,28 @@ from .measure import facts
 
 _MODEL = ("llama3-8b-qo", "llama3-8b-gate-up", "llama3-8b-down", "llama3-8b-kv")
 PARTS = {
-    "prefill": [Case("forward", shape, m, r) for shape in _MODEL for m in (512, 2048, 8192) for r in (16, 64)],
-    "decode": [Case("forward", shape, m, r) for shape in _MODEL for m in (1, 16, 64) for r in (16, 64)],
-    "train": [Case("train", shape, 8192, 16, dropout=p) for shape in _MODEL[:3] for p in (0.0, 0.1)],
-    "merge": [Case(op, "llama3-8b-qo", rank=r) for op in ("merge", "unmerge", "switch") for r in (16, 64)],
-    "multi": [Case("multi", shape, m) for shape in _MODEL[:2] for m in (64, 512)],
+    "prefill": [
+        *(Case("gemm", shape, m) for shape, m in (("llama3-8b-qo", 4096), ("square-8192", 8192))),
+        *(Case("forward", shape, m, r) for shape in _MODEL for m in (512, 2048, 8192) for r in (16, 64)),
+        Case("forward", "llama3-8b-qo", 8192, 128),
+    ],
+    "decode": [
+        *(Case("forward", shape, m, r) for shape in _MODEL for m in (1, 16, 64) for r in (16, 64)),
+        Case("forward", "llama3-8b-qo", 8, 16),
+    ],
+    "train": [
+        *(Case("train", shape, 8192, 16, dropout=p) for shape in _MODEL[:3] for p in (0.0, 0.1)),
+        *(Case("dx", shape, 8192) for shape in _MODEL[:3]),
+    ],
+    "merge": [
+        *(Case(op, shape) for op in ("merge", "unmerge", "switch") for shape in ("llama3-8b-qo", "llama3-8b-down")),
+        *(Case(op, "llama3-8b-qo", rank=64) for op in ("merge", "switch")),
+        *(Case(op, "llama3-8b-qo") for op in ("exact", "switch_exact")),
+    ],
+    "multi": [
+        *(Case("multi", shape, m) for shape in _MODEL[:2] for m in (64, 512)),
+        Case("multi", "llama3-8b-qo", 64, adapters=64),
+    ],
     "grouped": [
         Case("grouped", shape, m) for shape in ("llama3-8b-qkv", "llama3-8b-gate-up") for m in (16, 512, 2048, 8192)
     ],
@@ -36,14 +53,20 @@ PARTS = {
 # The op behind each kind of case: a backend without it is not timed.
 NEEDS = {
     "forward": "lora_linear",
+    "gemm": "lora_linear",
+    "dx": "lora_linear_backward",
     "train": "lora_linear_backward",
     "merge": "merge_",
     "unmerge": "merge_",
     "switch": "switch_",
+    "exact": "merge_exact_",
+    "switch_exact": "switch_exact_",
     "multi": "multi_lora_linear",
     "grouped": "grouped_lora_linear",
 }
 LEFT_OUT_OF_GRAPHS = ("peft",)  # its Python is what a user pays, and a graph would hide it
+EAGER_ONLY = ("train", "exact", "switch_exact")  # autograd; residuals whose size the data decides
+CUDA_ONLY = ("gemm",)  # Triton's kernels are made for an adapter
 
 
 def _under(backend, run):
@@ -77,7 +100,7 @@ def runs_of(case, made):
     for backend in cuda_choice.PREFERENCE:
         reason = dispatch.unavailable(backend)
         there = reason is None and (
-            NEEDS[case.op] in triton_backend.kernels()
+            NEEDS[case.op] in triton_backend.kernels() and case.op not in CUDA_ONLY
             if backend == "triton"
             else cuda_choice.refusal("cuda", NEEDS[case.op], ()) is None
         )
@@ -104,9 +127,10 @@ def measure(case, seconds):
             except Exception as error:  # one contender that can not run must not hide the others
                 absent[name] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
                 del runs[name]
-        eager = {name: run for name, run in runs.items() if case.op == "train" or name != "base cublaslt"}
+        graphed = case.op not in EAGER_ONLY
+        eager = {name: run for name, run in runs.items() if not graphed or name != "base cublaslt"}
         found["eager"] = interleaved(eager, 8, graphs=False, seconds=seconds)
-        if case.op != "train":
+        if graphed:
             kept = {name: run for name, run in runs.items() if name not in LEFT_OUT_OF_GRAPHS}
             graphs, missing = graphs_of(kept, 8)
             absent.update(missing)
@@ -152,8 +176,8 @@ def lines(result):
 
 
 def report(folder):
-    """The table of all parts that were measured."""
-    text = []
+    """The table of all parts that were measured, and what became of the bounds."""
+    text, results = [], {}
     for name in PARTS:
         path = folder / f"{name}.json"
         if not path.is_file():
@@ -168,6 +192,8 @@ def report(folder):
             text += lines(result)
         absent = {f"{n}: {why}" for result in found["results"] for n, why in result["absent"].items()}
         text += [f"  not timed: {line}" for line in sorted(absent)]
+        results |= {result["name"]: result for result in found["results"]}
+    text += ["\nbounds, of the medians in CUDA graphs but for training and exact merges:", *gpu_bounds.lines(results)]
     return "\n".join(text)
 
 

@@ -1,6 +1,7 @@
 """The GPU benchmark where there is no GPU: it says so, and its report is right for what was measured."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,7 +12,10 @@ import sys
 import pytest
 import torch
 
-from lora_kernels.bench import cuda_timing, gpu, published
+from lora_kernels.bench import cuda_timing, gpu, gpu_bounds, published
+from lora_kernels.bench.cases import GPU_OPS, Case
+from lora_kernels.bench.contenders import contenders
+from lora_kernels.ops import dispatch, library
 from lora_kernels.tune.run import _arguments as tune_arguments
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -156,7 +160,45 @@ def test_the_base_has_the_better_of_two_libraries_where_choosing_is_not_timed(bu
 def test_every_case_has_an_op_and_a_limit_where_the_base_is_the_product():
     for case in (case for part in gpu.PARTS.values() for case in part):
         assert gpu.NEEDS[case.op]
-        assert (case.limit is None) == (case.op in ("merge", "unmerge", "switch"))
+        assert (case.limit is None) == (case.op in ("merge", "unmerge", "switch", "exact", "switch_exact"))
+
+
+def test_every_bound_is_of_a_case_that_is_measured():
+    measured = {case.name for part in gpu.PARTS.values() for case in part}
+    assert {asked.case.name for asked in gpu_bounds.bounds()} <= measured
+
+
+def test_what_became_of_the_bounds():
+    cases = {case.name: case for part in gpu.PARTS.values() for case in part}
+    times = {"base": 1.0, "base cublaslt": 0.98, "addmm_": 1.2, "copy_": 1.0, "ours cuda": 1.05, "ours triton": 1.3}
+    results = {name: {"case": dataclasses.asdict(case), "eager": times, "graph": {}} for name, case in cases.items()}
+    *lines, last = gpu_bounds.lines(results)
+    missed = "forward llama3-8b-qo M=8192 r=16 bfloat16: ours cuda / base 1.071 (≤ 1.05) missed"
+    assert missed in lines
+    assert "forward llama3-8b-qo M=8192 r=128 bfloat16: ours cuda / base 1.071 (≤ 1.1) pass" in lines
+    assert "merge llama3-8b-down r=16 bfloat16: ours cuda / copy_ 1.050 (≤ 1.111) pass" in lines
+    assert "forward llama3-8b-kv M=1 r=16 bfloat16: ours triton / addmm_ 1.083 (≤ 1) missed" in lines
+    # 64 adapters of rank 16 are half as many bytes as the weight, and a copy moves the weight twice.
+    assert any("64 adapters: ours cuda / bytes at the speed of a copy 1.400 (≤ 1.2) missed" in line for line in lines)
+    counts = [sum(line.endswith(verdict) for line in lines) for verdict in ("pass", "missed")]
+    assert last == f"{counts[0]} met, {counts[1]} missed, 0 not measured"
+    *lines, last = gpu_bounds.lines({})
+    assert not lines
+    assert last.startswith("0 met, 0 missed, ")
+
+
+@pytest.mark.parametrize("case", [Case(op, "minilm-384", 4, dtype="float32") for op in GPU_OPS], ids=lambda c: c.op)
+def test_contenders_of_the_gpu_alone_compute_what_the_base_does(case, monkeypatch):
+    """On a CPU, where the ops are known to be right."""
+    if case.op == "gemm":  # public calls have a rank of one at least, and the CPU's kernels insist
+        monkeypatch.setattr(library, "op", dispatch.REFERENCE.__getitem__)
+    with contenders(case) as made:
+        for _ in range(5):
+            expected, found = made["base"](), made["ours"]()
+        if case.op == "gemm":
+            torch.testing.assert_close(found, expected)
+        if case.op == "dx":
+            torch.testing.assert_close(found, made["addmm_"]())
 
 
 def test_a_package_that_is_not_there_is_named():

@@ -34,6 +34,22 @@ def test_linear(shape, dtype):
         assert_within_budget(ours, eager_lora_linear(*args), exact_lora_linear(*args), f"{shape}")
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("rows", [9, 150, 300])
+def test_the_product_alone(library, rows, capability):
+    """No rank at all, as the benchmark times it."""
+    case = _case((rows, 200, 520, 8), BF16)
+    none = case.lora_a[:0], case.lora_b[:, :0]
+    library.lk_emulate_capability(capability)
+    try:
+        ours = cuda("lora_linear", case.x, case.weight, case.bias, *none, case.scaling, None, False)
+    finally:
+        library.lk_emulate_capability(80)
+    x, weight, bias = case.x, case.weight, case.bias
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    assert_within_budget(ours, torch.nn.functional.linear(x, weight, bias), exact)
+
+
 @pytest.mark.parametrize("dtype", [F16, BF16])
 def test_the_update_alone(dtype):
     """A base of zeros hides no error of the update."""
