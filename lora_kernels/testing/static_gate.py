@@ -101,7 +101,7 @@ def _type(value):
     return f"tensordesc<{dtype}[{', '.join(map(str, value.block_shape))}]>", None, False
 
 
-def _source(kernel, args, keywords):
+def source_of(kernel, args, keywords):
     """(ASTSource, options, constants) of a launch."""
     from triton.compiler import ASTSource
 
@@ -131,7 +131,7 @@ def launches_of(case, arch):
     with triton_host().pretend(divmod(arch, 10)), recorded(launches):
         case.call()
     for kernel, args, keywords in launches:
-        src, options, values = _source(kernel, args, keywords)
+        src, options, values = source_of(kernel, args, keywords)
         launch = (arch, _code(kernel), src.signature, src.constants, src.attrs, sorted(options.items()))
         found[hashlib.sha256(repr(launch).encode()).hexdigest()[:16]] = (src, options, values)
     return found
