@@ -44,7 +44,7 @@ NATIVE_FILES := setup.py CMakeLists.txt $(shell find csrc cmake build_support -t
 
 help:  ## list the targets
 	@sed -n '3,5s/^# *//p' Makefile; echo
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 15
+	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 15
 
 build: $(READY)  ## set up the environment and compile the native parts
 
