@@ -5,12 +5,14 @@ it (`load_cuda()`), because asking torch whether there is a GPU is not free.
 """
 
 import importlib
+import os
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 _FOLDER = Path(__file__).resolve().parent
+ISA_LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 cpu_available = False
 cpu_reason = "not loaded yet"
@@ -19,6 +21,7 @@ cuda_reason = "not asked for yet"
 module: ModuleType | None = None  # lora_kernels._C
 module_reason = "not loaded yet"
 
+_NOT_BUILT = "not built (`python -m lora_kernels env` says why)"
 _loaded = False
 _cuda_tried = False
 
@@ -28,6 +31,9 @@ def load() -> bool:
     global _loaded, cpu_available, cpu_reason, module, module_reason
     if _loaded:
         return cpu_available
+    wanted = os.environ.get("LORA_KERNELS_CPU_ISA") or ISA_LEVELS[-1]  # the C++ code reads it, and takes what it knows
+    if wanted not in ISA_LEVELS:
+        raise ValueError(f"LORA_KERNELS_CPU_ISA: expected one of {', '.join(ISA_LEVELS)}, got {wanted!r}")
     _loaded = True
     try:
         module = importlib.import_module("lora_kernels._C")
@@ -41,7 +47,7 @@ def load() -> bool:
 def cuda_problem() -> str | None:
     """Why the CUDA ops cannot be loaded here; None when they can. Loads nothing."""
     if not (_FOLDER / "_ops_cuda.so").is_file():
-        return "not built (no nvcc at build time)"
+        return _NOT_BUILT
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA support"
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
@@ -63,7 +69,7 @@ def load_cuda() -> bool:
 def _load_library(name: str) -> tuple[bool, str]:
     path = _FOLDER / name
     if not path.is_file():
-        return False, "not built (`python -m lora_kernels env` says why)"
+        return False, _NOT_BUILT
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
+from lora_kernels import _native
 from lora_kernels.ops import dispatch, library, lora_add_, lora_linear, merge_, multi_lora_linear, plan_batch
 from lora_kernels.testing import make_linear, make_multi
 
@@ -264,3 +265,10 @@ def test_the_environments_words(monkeypatch):
     monkeypatch.setenv(name, "true")
     with pytest.raises(ValueError, match=f"{name}: expected 0 or 1, got 'true'"):
         dispatch._switch(name)
+
+
+def test_a_level_of_cpu_kernels_that_there_is_not(monkeypatch):
+    monkeypatch.setattr(_native, "_loaded", False)
+    monkeypatch.setenv("LORA_KERNELS_CPU_ISA", "avx-512")
+    with pytest.raises(ValueError, match=r"LORA_KERNELS_CPU_ISA: expected one of portable, .*, got 'avx-512'"):
+        _native.load()
