@@ -9,7 +9,6 @@ def peft_compat(model, *, conv_zero_padding=None, attention_out_twice=None):
     Args:
         model: any module with LoRA layers.
         conv_zero_padding: pad the adapters' input of convolutions with zeros, whatever the padding mode.
-
         attention_out_twice: count the update of ``out_proj`` of ``nn.MultiheadAttention`` twice: its scaling is
             doubled. Not while such a layer is merged.
 
@@ -17,6 +16,9 @@ def peft_compat(model, *, conv_zero_padding=None, attention_out_twice=None):
 
     Returns:
         The number of layers that were set.
+
+    Raises:
+        ValueError: ``attention_out_twice`` while such a layer is merged.
     """
     convs, projections = (
         [m for m in model.modules() if isinstance(m, kind)] if flag is not None else []

@@ -20,10 +20,14 @@ __version__ = "0.21.2"  # of the PEFT whose files these are: ``peft_version`` in
 
 
 class PeftType(str, Enum):
+    """The methods of adapters, as in ``peft``: LoRA alone here."""
+
     LORA = "LORA"
 
 
 class TaskType(str, Enum):
+    """What a model is for, as in ``peft``: chooses the class that ``get_peft_model`` returns."""
+
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
     CAUSAL_LM = "CAUSAL_LM"
@@ -217,10 +221,12 @@ class LoraConfig:
 
     @property
     def is_prompt_learning(self):
+        """False: a question of code that is written for ``peft``."""
         return False
 
     @property
     def is_adaption_prompt(self):
+        """False: a question of code that is written for ``peft``."""
         return False
 
     def to_dict(self):

@@ -131,14 +131,17 @@ class PeftModel(StoredModel, HubModel, nn.Module):
 
     @property
     def active_adapter(self):
+        """The name of the active adapter; a list of names where several are."""
         return self.base_model.active_adapter
 
     @property
     def active_adapters(self):
+        """The names of the active adapters."""
         return self.base_model.active_adapters
 
     @property
     def active_peft_config(self):
+        """The config of the first active adapter."""
         return self.peft_config[self.base_model.active_adapters[0]]
 
     @property
@@ -148,6 +151,7 @@ class PeftModel(StoredModel, HubModel, nn.Module):
 
     @property
     def base_model_torch_dtype(self):
+        """The dtype that the base model tells, or None."""
         return getattr(self.base_model, "dtype", None)
 
     @property

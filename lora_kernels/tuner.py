@@ -102,10 +102,12 @@ class LoraModel(TunerFacts, ModelChoosing, ModelMerging, ModelCombining, nn.Modu
 
     @property
     def active_adapters(self):
+        """The names of the active adapters."""
         return list(self._active)
 
     @property
     def active_adapter(self):
+        """The name of the active adapter; a list of names where several are."""
         return self._active[0] if len(self._active) == 1 else list(self._active)
 
     def lora_layers(self):

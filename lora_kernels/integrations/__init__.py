@@ -7,9 +7,10 @@ def accelerate(model, sample=None):
     ``model`` comes from ``peft`` (``get_peft_model``, ``PeftModel.from_pretrained``, ``inject_adapter_in_model``)
     or from transformers' ``add_adapter``. Names, parameters, hooks, state dict, pickling and every method of PEFT
     stay; :func:`restore` undoes it. Served are LoRA and DoRA on ``nn.Linear`` and LoRA on transformers' ``Conv1D``,
-    embeddings and convolutions, merging and unmerging, and batches with one adapter a row (on ``nn.Linear``); a
-    layer in a state that we do not serve (Arrow, QALoRA, aLoRA with gradients, hooks inside, ...) runs
-    PEFT's own forward for that call. Layers that PEFT adds later are PEFT's until the next call of ``accelerate``.
+    embeddings, convolutions, bare parameters and GPTQ modules, ``lora_bias``, variants that compute what LoRA does
+    (Arrow, QALoRA, BD-LoRA, aLoRA at inference, ...), merging and unmerging, and batches with one adapter a row (on
+    ``nn.Linear``). A layer in a state that we do not serve (aLoRA with gradients, hooks inside, ...) runs PEFT's own
+    forward for that call. Layers that PEFT adds later are PEFT's until the next call of ``accelerate``.
 
     Results are PEFT's to within rounding; dropout masks differ. Second derivatives (``create_graph=True``) and
     forward-mode derivatives need a restored model.

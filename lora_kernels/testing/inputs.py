@@ -26,6 +26,7 @@ class LinearCase:
     scaling: torch.Tensor
 
     def args(self):
+        """The arguments in the order that the op takes them."""
         return self.x, self.weight, self.bias, self.lora_a, self.lora_b, self.scaling
 
 
@@ -88,6 +89,7 @@ class GroupedCase:
     scalings: list
 
     def args(self):
+        """The arguments in the order that the op takes them."""
         return *self.groups(plain_x=True), self.scalings
 
     def groups(self, plain_x=False):
@@ -118,6 +120,7 @@ class EmbeddingCase:
     scaling: torch.Tensor
 
     def args(self):
+        """The arguments in the order that the op takes them."""
         return self.ids, self.weight, self.lora_a, self.lora_b, self.scaling
 
 

@@ -59,6 +59,7 @@ class MergeResidual:
 
     @property
     def bits_per_weight(self):
+        """Size beside the weight's: 16 would be that of a copy in bfloat16."""
         return 8 * self.nbytes / max(1, self.shape[0] * self.shape[1])
 
     def to_tensors(self):

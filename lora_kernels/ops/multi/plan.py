@@ -50,6 +50,7 @@ class BatchPlan:
 
     @property
     def max_tokens(self):
+        """Rows that fit into the plan."""
         return self.token_slots.shape[0]
 
 
