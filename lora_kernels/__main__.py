@@ -1,6 +1,7 @@
 """`python -m lora_kernels COMMAND`. A command is a module with `main(argv) -> exit code`, imported when asked for."""
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -31,5 +32,19 @@ def main(argv=None):
     return importlib.import_module(COMMANDS[command][0], __package__).main(rest)
 
 
+def console():
+    """:func:`main` for a shell: Ctrl-C and a reader that has gone (`| head`) end it without a traceback."""
+    try:
+        code = main()
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("\nlora_kernels: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        return 141
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

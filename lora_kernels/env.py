@@ -1,16 +1,16 @@
 """What was built, what runs and why not the rest: `python -m lora_kernels env [--json]`."""
 
-import argparse
 import importlib.metadata
 import json
 import os
 import platform
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
 
-from . import _native
+from . import _native, arguments
 from .ops import cuda_backend, cuda_choice, triton_backend
 
 VARIABLES = {
@@ -22,7 +22,6 @@ VARIABLES = {
     "LORA_KERNELS_EMULATE_AVX512": ("0", "at build time, for tests: 1: AVX-512 kernels that run on a CPU with AVX2"),
 }
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "peft", "transformers")
-_ISA_LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 NEVER_RUN = "compiled, not yet run on hardware"
 
 
@@ -45,13 +44,13 @@ def report() -> str:
     lines = ["lora_kernels environment", "", "versions"]
     lines += [f"  {name:<14} {version or 'not installed'}" for name, version in facts["versions"].items()]
     lines += ["", "built"]
-    lines += [f"  {name:<14} {_plain(value)}" for name, value in facts["built"].items() if name != "notes"]
+    lines += [_row(name, _plain(value)) for name, value in facts["built"].items() if name != "notes"]
     lines += [f"  note: {note}" for note in facts["built"]["notes"]]
     lines += ["", "backends"]
     for name, state in facts["backends"].items():
-        lines.append(f"  {name:<14} {'yes' if state['available'] else 'no'}: {state['detail']}")
+        lines.append(_row(name, f"{'yes' if state['available'] else 'no'}: {state['detail']}"))
     lines += ["", "cpu"]
-    lines += [f"  {name:<14} {_plain(value)}" for name, value in facts["cpu"].items()]
+    lines += [_row(name, _plain(value)) for name, value in facts["cpu"].items()]
     lines += ["", "gpu"]
     lines += [f"  {gpu['name']}, sm_{gpu['capability']}, {gpu['memory_gib']} GiB" for gpu in facts["gpus"]] or [
         "  none"
@@ -60,13 +59,13 @@ def report() -> str:
     for name, (default, meaning) in VARIABLES.items():
         value = facts["environment"][name]
         setting = f"= {value}" if value is not None else f"({default})"
-        lines.append(f"  {name} {setting}: {meaning}")
+        lines += textwrap.wrap(f"{name} {setting}: {meaning}", 78, initial_indent="  ", subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the report; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="lora_kernels env", description=__doc__.partition(":")[0])
+    parser = arguments.parser("env", __doc__.partition(":")[0])
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     args = parser.parse_args(argv)
     print(json.dumps(collect(), indent=2) if args.json else report())
@@ -113,7 +112,7 @@ def _cuda_ops():
 
 def _backends() -> dict[str, dict]:
     problem, triton_problem = _native.cuda_problem(), triton_backend.problem()
-    isa = _ISA_LEVELS[torch.ops.lora_kernels._cpu_isa()] if _native.cpu_available else None
+    isa = _native.ISA_LEVELS[torch.ops.lora_kernels._cpu_isa()] if _native.cpu_available else None
     return {
         "reference": {"available": True, "detail": "plain torch, every device"},
         "cpu": {
@@ -168,6 +167,11 @@ def _gpus() -> list[dict]:
 
 def _listed(text: str | None) -> list[str]:
     return text.split(",") if text else []
+
+
+def _row(name: str, text: str) -> str:
+    """A name and what is said of it, in lines of a terminal's width."""
+    return textwrap.fill(text, 78, initial_indent=f"  {name:<14} ", subsequent_indent=" " * 17)
 
 
 def _plain(value) -> str:

@@ -1,11 +1,11 @@
 """`python -m lora_kernels bench`: ours against the base alone, in-place addmm_ and PEFT, in one run."""
 
-import argparse
-import pathlib
+import importlib.util
 import sys
 
 import torch
 
+from .. import arguments
 from . import report
 from .cases import DTYPES, GROUPS, NUM_TOKENS, OPS, SHAPES, Case, suite
 from .contenders import PEFT_INSTALLED
@@ -36,27 +36,31 @@ def main(argv=None):
     else:
         results = _cases(args, save)
     if args.plot:
-        try:
-            report.plot(args.plot, results)
-        except ImportError:
-            print("--plot: matplotlib is not installed", file=sys.stderr)
-            return 2
+        report.plot(args.plot, results)
     return code
 
 
 def _arguments(argv):
-    parser = argparse.ArgumentParser(prog="lora_kernels bench", description=__doc__.partition(": ")[2])
-    parser.add_argument("--suite", choices=("default", "full", "quick", "targets"), default="default")
-    parser.add_argument("--op", nargs="+", choices=OPS, help="with --shape and the like: all combinations")
-    parser.add_argument("--shape", nargs="+", choices=[*SHAPES, *GROUPS], help="named shapes")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES)
-    parser.add_argument("--tokens", nargs="+", type=int, metavar="M", help="rows of the forward and the train cases")
-    parser.add_argument("--rank", nargs="+", type=int)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each case")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
-    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE")
+    parser = arguments.parser(
+        "bench", "Ours against the base alone, in-place addmm_ and PEFT, in one run: a suite, or with --op, --shape, "
+        "--dtype, --tokens and --rank all combinations. Exit code 1 when --suite targets misses a bound."
+    )  # fmt: skip
+    parser.add_argument("--suite", choices=("default", "full", "quick", "targets"), default="default",
+                        help="targets: the cases with bounds, --op picks among them; default: %(default)s")  # fmt: skip
+    shapes = [*SHAPES, *GROUPS]
+    parser.add_argument("--op", nargs="+", choices=OPS, metavar="OP", help=f"of {', '.join(OPS)}; default: forward")
+    parser.add_argument("--shape", nargs="+", choices=shapes, metavar="SHAPE",
+                        help=f"of {', '.join(shapes)}; default: llama3-8b-qo")  # fmt: skip
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE",
+                        help=f"of {', '.join(DTYPES)}; default: bfloat16")  # fmt: skip
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="M",
+                        help=f"rows of x; default: {' '.join(map(str, NUM_TOKENS))}")  # fmt: skip
+    parser.add_argument("--rank", nargs="+", type=int, metavar="R", help="default: 16")
+    parser.add_argument("--device", default="cpu", type=arguments.device, help="cpu or cuda; default: %(default)s")
+    parser.add_argument("--threads", type=int, help="of torch; default: as torch has them")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each case; default: %(default)s")
+    parser.add_argument("--json", type=arguments.new_file, metavar="FILE", help="results and facts of the machine")
+    parser.add_argument("--plot", type=arguments.new_file, metavar="FILE", help="a picture of the ratios (matplotlib)")
     args = parser.parse_args(argv)
     for name in ("tokens", "rank"):
         if any(value < 1 for value in getattr(args, name) or ()):
@@ -65,8 +69,13 @@ def _arguments(argv):
         parser.error(f"--shape: {', '.join(GROUPS)} go with --op grouped")
     if args.seconds <= 0 or (args.threads is not None and args.threads < 1):
         parser.error("--seconds, --threads: expected a number above 0")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device: torch finds no CUDA device")
+    unused = [name for name in ("op", "shape", "dtype", "tokens", "rank") if getattr(args, name)]
+    if args.suite == "targets":
+        unused = [name for name in unused if name != "op"]
+    if args.suite != "default" and unused:
+        parser.error(f"--suite {args.suite}: its cases are fixed, it does not go with --{', --'.join(unused)}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot: matplotlib is not installed")
     return args
 
 

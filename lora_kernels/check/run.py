@@ -3,12 +3,11 @@
 On a GPU, what passes is kept (``ops/proof.py``): from then on ``auto`` takes those kernels there.
 """
 
-import argparse
 import time
 
 import torch
 
-from .. import check
+from .. import arguments, check
 from ..ops import cuda_choice, dispatch, library, proof, triton_backend
 from ..testing import error_ratio
 
@@ -45,7 +44,10 @@ def main(argv=None):
 
 
 def _arguments(argv):
-    parser = argparse.ArgumentParser(prog="lora_kernels check", description="self-test of every op against float64")
+    parser = arguments.parser(
+        "check",
+        "Self-test of every op against float64. A cell is error / budget; above 1 fails. Exit code 1 when one does.",
+    )
     parser.add_argument("--backend", choices=dispatch.BACKENDS[1:], help="only this one; default: all that can run")
     return parser.parse_args(argv)
 

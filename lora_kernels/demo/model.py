@@ -92,7 +92,7 @@ def _transformers():
     try:
         import transformers
     except ImportError as error:
-        raise MissingPackage(f"the demo needs transformers: {error}") from error
+        raise MissingPackage(f"needs transformers (pip install transformers): {error}") from error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers

@@ -1,13 +1,12 @@
 """`python -m lora_kernels demo`: trains adapters, saves, loads, serves, and compares; exit code 1 if a claim fails."""
 
-import argparse
 import pathlib
 import sys
 import time
 
 import torch
 
-from .. import check
+from .. import arguments, check
 from ..env import collect as environment
 from ..ops import proof
 from . import compare, report, serve, train
@@ -28,11 +27,13 @@ def main(argv=None):
 
 
 def _arguments(argv):
-    parser = argparse.ArgumentParser(prog="lora_kernels demo", description=__doc__.partition(": ")[2])
-    parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda where torch finds a GPU")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the encoder")
-    parser.add_argument("--out", default="demo_out", type=pathlib.Path, help="adapters, plot, report.json go here")
-    parser.add_argument("--seed", default=0, type=int)
+    parser = arguments.parser("demo", __doc__.partition(": ")[2].capitalize())
+    parser.add_argument("--device", type=arguments.device, help="cpu or cuda; default: cuda where torch finds a GPU")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of the encoder; auto: bfloat16 on a GPU or a CPU that has it, else float32")  # fmt: skip
+    parser.add_argument("--out", default="demo_out", type=pathlib.Path, metavar="FOLDER",
+                        help="adapters, plot and report.json go here; default: %(default)s")  # fmt: skip
+    parser.add_argument("--seed", default=0, type=int, help="of weights, batches and examples; default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="a few examples: a test of the path, not of the adapters")
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

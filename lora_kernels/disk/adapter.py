@@ -128,7 +128,7 @@ def _read_config(directory):
             raise ValueError("expected the key 'peft_type'")
         return LoraConfig.from_dict({k: v for k, v in values.items() if k not in dropped}), values
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(str(error) if path in str(error) else f"{path}: {error}") from error
 
 
 def _check_init(init):

@@ -1,16 +1,16 @@
 """``python -m lora_kernels merge BASE_DIR ADAPTER_DIR... -o OUT``."""
 
-import argparse
 import sys
 
+from .. import arguments
 from ..io.checkpoint import CheckpointError
 from .merge import merge_checkpoint
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
-        prog="lora_kernels merge",
-        description="Merges LoRA adapters into a safetensors checkpoint, tensor by tensor, without building the model. "
+    parser = arguments.parser(
+        "merge",
+        "Merges LoRA adapters into a safetensors checkpoint, tensor by tensor, without building the model. "
         "A run that was stopped continues when the same command is given again.",
     )
     parser.add_argument("base", metavar="BASE_DIR", help="folder of a checkpoint, sharded or a single file")

@@ -1,12 +1,12 @@
 """``python -m lora_kernels inspect ADAPTER_DIR``: what an adapter touches, ranks, scaling, size of its update."""
 
-import argparse
 import json
 import re
 import sys
 
 import torch
 
+from .. import arguments
 from ..io.checkpoint import CheckpointError
 from ..layers.parameter import stacks
 from .adapter import rank_and_scaling, read_adapter
@@ -145,9 +145,7 @@ def _aligned(rows):
 
 def main(argv=None) -> int:
     """Returns the exit status: 0, or 1 when the adapter can not be read."""
-    parser = argparse.ArgumentParser(
-        prog="lora_kernels inspect", description="What a LoRA adapter touches, with ranks, scaling and norms."
-    )
+    parser = arguments.parser("inspect", "What a LoRA adapter touches, with ranks, scaling and norms.")
     parser.add_argument("adapter", metavar="ADAPTER_DIR", help="folder of an adapter as PEFT saves it")
     parser.add_argument("--json", action="store_true", help="all facts as JSON")
     parser.add_argument("--all", action="store_true", help="a line for each module, not for each kind")

@@ -1,6 +1,5 @@
 """Times the candidates of every problem and keeps the fastest; a run that was cut short goes on where it stopped."""
 
-import argparse
 import dataclasses
 import sys
 import time
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .. import arguments
 from ..disk.progress import Progress
 from ..ops import triton_backend, tuning
 from .candidates import Gpu, candidates, problems
@@ -141,25 +141,38 @@ def _line(outcome):
 
 
 def _arguments(argv):
-    parser = argparse.ArgumentParser(prog="lora_kernels tune", description="measure Triton tiles on the GPU at hand")
-    parser.add_argument("--op", nargs="+", choices=tuning.OPS, default=list(tuning.OPS), help="default: all")
+    parser = arguments.parser(
+        "tune", "Measures Triton tiles on the GPU at hand and keeps the fastest. A run that was stopped continues when "
+        "the same command is given again. Exit code 1 when a shape had none that runs, 2 where there is no GPU for it."
+    )  # fmt: skip
+    parser.add_argument("--op", nargs="+", choices=tuning.OPS, default=list(tuning.OPS), metavar="OP",
+                        help=f"of {', '.join(tuning.OPS)}; default: all")  # fmt: skip
     parser.add_argument("--shape", nargs="+", type=_shape, default=SHAPES, metavar="KxN",
                         help="in_features x out_features; default: Llama 3 8B's")  # fmt: skip
     parser.add_argument("--group", nargs="*", type=_group, default=GROUPS, metavar="KxN,N",
                         help="the same of projections that share their input; default: Llama 3 8B's")  # fmt: skip
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, metavar="M")
-    parser.add_argument("--rank", nargs="+", type=int, default=RANKS)
-    parser.add_argument("--slots", nargs="+", type=int, default=SLOTS, help="of the ops of many adapters")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--seconds", type=float, default=0.2, help="for each shape, compiling aside")
-    parser.add_argument("--budget", type=float, help="seconds after which no new shape is begun")
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, metavar="M",
+                        help=f"rows of x; default: {_words(TOKENS)}")  # fmt: skip
+    parser.add_argument("--rank", nargs="+", type=int, default=RANKS, metavar="R", help=f"default: {_words(RANKS)}")
+    parser.add_argument("--slots", nargs="+", type=int, default=SLOTS, metavar="S",
+                        help=f"of the ops of many adapters; default: {_words(SLOTS)}")  # fmt: skip
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16",
+                        help="of x, weight and adapters; default: %(default)s")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=0.2,
+                        help="for each shape, compiling aside; default: %(default)s")  # fmt: skip
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="after which no new shape is begun")
     parser.add_argument("--again", action="store_true", help="measure what the file holds already, too")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--out", type=Path, help="file to write; default: the one that the package reads for this GPU")
+    parser.add_argument("--out", type=Path, metavar="FILE",
+                        help="to write; default: the one that the package reads for this GPU")  # fmt: skip
     args = parser.parse_args(argv)
     if min((*args.tokens, *args.rank, *args.slots)) < 1 or args.seconds <= 0 or (args.budget or 1) <= 0:
         parser.error("--tokens, --rank, --slots, --seconds, --budget: expected numbers above 0")
     return args
+
+
+def _words(numbers):
+    return " ".join(map(str, numbers))
 
 
 def _shape(text):

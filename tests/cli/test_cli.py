@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -149,3 +152,53 @@ def test_sizes_of_a_grouped_case():
     assert (qkv.sizes, qkv.widths) == ((4096, 6144), (4096, 1024, 1024))
     assert (pair.sizes, pair.widths) == ((4096, 28672), (14336, 14336))
     assert qkv.limit == pytest.approx(1 + 16 * (3 * 4096 + 6144) / (4096 * 6144))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_a_terminal_and_says_what_each_option_is(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: python -m lora_kernels {name} ")
+    assert max(map(len, text.splitlines())) <= 80
+    options = re.split(r"\n  (?=-)", text.partition("\noptions:")[2])[1:]
+    assert options
+    assert not [option for option in options if not re.search(r"\S\s{2,}\S", option)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["bench", "--device", "gpu"], "--device: expected cpu or cuda, got 'gpu'"),
+        (["bench", "--device", "cuda:99"], "--device: torch finds"),
+        (["demo", "--device", "gpu"], "--device: expected cpu or cuda, got 'gpu'"),
+        (["demo", "--device", "cuda:99"], "--device: torch finds"),
+        (["bench", "--json", "."], "--json: expected a file, . is a folder"),
+        (["bench", "--json", "/dev/null/x.json"], "--json: /dev/null/x.json can not be written"),
+        (["bench", "--suite", "full", "--op", "merge"], "--suite full: its cases are fixed, it does not go with --op"),
+        (["bench", "--suite", "targets", "--op", "merge", "--rank", "8"], "it does not go with --rank"),
+    ],
+)
+def test_options_that_can_not_work_are_refused_before_anything_runs(argv, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_report_of_the_environment_fits_a_terminal(capsys):
+    assert main(["env"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])
+def test_a_shell_gets_no_traceback_of_ctrl_c_and_of_a_closed_pipe(error, code):
+    program = (
+        "import sys; from lora_kernels import __main__ as cli\n"
+        f"def main(): raise {error.__name__}\n"
+        "cli.main = main; sys.exit(cli.console())"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == code
+    assert "Traceback" not in run.stderr
