@@ -12,7 +12,7 @@ from ..ops import proof
 from . import compare, report, serve, train
 from .data import collect
 from .jobs import rows_of
-from .model import MissingPackage, load
+from .model import MissingPackage, load, tokenizer
 from .progress import bar
 from .tasks import TASKS, split
 
@@ -41,6 +41,7 @@ def _arguments(argv):
 
 
 def _run(args):
+    tokenizer()  # what is not installed is named before any work is done
     if torch.device(args.device).type == "cuda":
         _prove_kernels()
     start = time.perf_counter()

@@ -9,7 +9,7 @@ import torch
 from lora_kernels.__main__ import main
 from lora_kernels.demo import data, report, run, serve, tasks
 from lora_kernels.demo.compare import Row
-from lora_kernels.demo.model import PACKAGE
+from lora_kernels.demo.model import PACKAGE, tokenizer
 
 needs_encoder = pytest.mark.skipif(
     importlib.util.find_spec(PACKAGE) is None or importlib.util.find_spec("transformers") is None,
@@ -90,8 +90,11 @@ def test_quick_run(tmp_path, capsys):
         assert (tmp_path / "adapters" / task.name / "adapter_config.json").is_file()
 
 
-def test_a_missing_encoder_is_named(monkeypatch, tmp_path, docs, capsys):
+def test_a_missing_encoder_is_named_before_any_work(monkeypatch, tmp_path, docs, capsys):
     pytest.importorskip("transformers")
+    tokenizer.cache_clear()
     monkeypatch.setattr("lora_kernels.demo.model.PACKAGE", "no_such_package")
     assert run.main(["--quick", "--out", str(tmp_path)]) == 2
-    assert "not installed" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "not installed" in printed.err
+    assert not printed.out
