@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kDecodeResident<Tile>)
   const int64_t end = begin + job.length < args.k ? begin + job.length : args.k;
   const int base = end > begin ? tiles_of(end - begin) : 0, by_slot = tiles_of(args.r);
   int updates = part == 0 && args.r > 0;
-  if constexpr (kMulti) updates = slots->count < 64 ? slots->count : 64;
+  if constexpr (kMulti) updates = args.r == 0 ? 0 : slots->count < 64 ? slots->count : 64;
   const auto slot_of = [&](int update) { return kMulti ? slots->slot[update] : 0; };
 
   float acc[Tile::kMs][Tile::kNs][4] = {};

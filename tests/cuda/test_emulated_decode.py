@@ -122,6 +122,14 @@ def test_rows_of_the_base_alone_are_those_of_no_adapter():
     assert torch.equal(without[base], ours[base])
 
 
+def test_a_bank_of_rank_0_leaves_the_base():
+    case, plan = multi_case((30, 1100, 72, 16), 5, BF16)
+    none = (case.a_bank[:, :0], case.b_bank[:, :, :0], case.slot_scalings, torch.zeros_like(case.slot_ranks))
+    found = cuda("multi_lora_linear", case.x, case.weight, case.bias, *none, *plan[1:], None, False)
+    alone = (case.a_bank[0, :0], case.b_bank[0, :, :0], torch.zeros(()))
+    assert torch.equal(found, cuda("lora_linear", case.x, case.weight, case.bias, *alone, None, False))
+
+
 def test_the_slot_of_an_adapter_does_not_matter():
     case, plan = multi_case((30, 1600, 72, 16), 5, BF16)
     expected = cuda("multi_lora_linear", *_multi_args(case, plan))
