@@ -41,6 +41,8 @@ __global__ void __launch_bounds__(Ring::kThreads, 1)
     device::take_registers<200>();
     Sm90Consumer<Ring>{ring, job, group - 1}.run();
   }
+#else
+  __trap();  // not the code for this GPU (a driver told to compile the PTX): better than no y
 #endif
 }
 
@@ -90,12 +92,14 @@ const char* launch_sm90(const CudaLinear& args, int device, cudaStream_t stream)
   if (error == nullptr) error = right(&job.weight, args.weight, args.n, args.k);
   // A bank is one matrix of all slots' columns where they are evenly apart.
   const int64_t slots = args.plan.row_order != nullptr ? args.plan.num_slots : 1;
-  const int64_t apart = slots > 1 ? args.b_slot / args.b.row : 0;
   job.slot_rows = -1;
-  if (args.r > 0 && fits_sm90(args.b) && apart * args.b.row == (slots > 1 ? args.b_slot : 0) &&
-      (slots - 1) * apart + args.n < int64_t{1} << 31) {
-    job.slot_rows = apart;
-    if (error == nullptr) error = right(&job.b, args.b, (slots - 1) * apart + args.n, args.r);
+  if (args.r > 0 && fits_sm90(args.b, args.turned ? args.n : args.r)) {
+    const int64_t apart = slots > 1 ? args.b_slot / args.b.row : 0;
+    const int64_t rows = (slots - 1) * apart + args.n;
+    if (apart * args.b.row == (slots > 1 ? args.b_slot : 0) && rows < int64_t{1} << 31) {
+      job.slot_rows = apart;
+      if (error == nullptr) error = right(&job.b, args.b, rows, args.r);
+    }
   }
   if (error != nullptr) return error;
   int sms = 1;

@@ -93,6 +93,7 @@ struct Sm90Ring {
 
   __device__ void wait_full(uint32_t n) const { device::wait(full(n), phase(n)); }
   __device__ void release(uint32_t n) const {
+    __syncwarp();  // one lane speaks for all: they have read the stage's UpdateInfo
     if (threadIdx.x % 32 == 0) device::arrive(empty(n));
   }
 

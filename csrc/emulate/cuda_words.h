@@ -51,6 +51,9 @@ inline unsigned __shfl_up_sync(unsigned, unsigned value, unsigned by) {
     for (unsigned i = 0; i < 32; ++i) w.out[i][0] = w.in[i < by ? i : i - by][0];
   });
 }
+inline void __syncwarp() {
+  lora_kernels_emulate::collective(nullptr, 0, [](lora_kernels_emulate::Warp&) {});
+}
 inline int atomicAdd(int* p, int by) {
   const int was = *p;
   *p += by;

@@ -78,8 +78,8 @@ struct TensorMap {
 };
 inline const char* encode(TensorMap* map, const void* data, int64_t rows, int64_t cols,
                           int64_t row_stride, int box_rows, int box_cols, bool) {
-  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || row_stride % 8 != 0 || rows < 1 || cols < 1 ||
-      box_rows > 256 || box_cols != 64) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || row_stride % 8 != 0 || row_stride < cols ||
+      rows < 1 || cols < 1 || box_rows > 256 || box_cols != 64) {
     return "cuTensorMapEncodeTiled refused an operand";
   }
   *map = {static_cast<const uint8_t*>(data), rows, cols, row_stride * 2, box_rows, box_cols};

@@ -172,6 +172,24 @@ def test_banks_of_any_strides(runs):
     assert runs() == 4
 
 
+def test_a_bank_whose_columns_are_one(runs):
+    case, plan = multi_case((140, 64, 136, 16), 3, BF16)
+    case.b_bank = case.b_bank[:, :1].expand(3, 136, 16)
+    ours = cuda("multi_lora_linear", *_multi_args(case, plan))
+    case.b_bank = case.b_bank.contiguous()
+    assert torch.equal(ours, cuda("multi_lora_linear", *_multi_args(case, plan)))
+    assert runs() == 2
+
+
+def test_rows_that_lie_in_one_another_run_on_the_other_kernels(runs):
+    """A map of the driver has rows that are as far apart as they are long, or further."""
+    case = make_linear(130, 64, 136, 16, BF16)
+    args = [torch.cat([case.x.view(-1), case.x[0]]).unfold(0, 64, 8)[:130], *case.args()[1:], None, False]
+    ours = cuda("lora_linear", *args)
+    assert runs() == 0
+    assert_within_budget(ours, eager_lora_linear(*args[:6]), exact_lora_linear(*args[:6]))
+
+
 def test_any_order_of_the_threads_gives_the_same_bits(library, runs):
     case, multi = make_linear(150, 200, 136, 24, BF16), multi_case((150, 64, 136, 16), 4, BF16)
     found = []
@@ -197,6 +215,12 @@ def test_what_the_copies_can_not_address_runs_on_the_other_kernels(runs, name):
     assert runs() == 0  # with batch_invariant the kernel must not depend on the rows
     cuda("lora_linear", *make_linear(130, 200, 136, 13, BF16).args(), None, False)
     assert runs() == 1
+
+
+def test_a_layer_without_outputs(runs):
+    none = torch.empty(130, 8, dtype=BF16)[:, :0]
+    cuda("lora_linear_out", none, *make_linear(130, 72, 0, 16, BF16).args(), None, False)
+    assert runs() == 0
 
 
 def test_other_devices_do_not_run_it(library, runs):

@@ -9,9 +9,10 @@ namespace lora_kernels {
 
 constexpr int kSm90Rows = 128, kSm90Step = 64;
 
-// Whether the copies can address a matrix: adjacent columns, rows and their first at 16 bytes.
-inline bool fits_sm90(const CudaMatrix& t) {
-  return t.col == 1 && t.row % 8 == 0 && t.row > 0 && t.row < int64_t{1} << 38 &&
+// Whether the copies can address a matrix of rows this long: adjacent columns, rows and their first
+// at 16 bytes, no row in the one before it.
+inline bool fits_sm90(const CudaMatrix& t, int64_t cols) {
+  return t.col == 1 && t.row % 8 == 0 && t.row >= cols && t.row < int64_t{1} << 38 &&
          reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
 }
 
@@ -19,9 +20,10 @@ inline bool fits_sm90(const CudaMatrix& t) {
 // same bits in every call.
 inline bool fits_sm90(const CudaLinear& call) {
   const int64_t most = int64_t{1} << 31;
-  return !call.add && call.m > 0 && call.k > 0 && call.m < most && call.n < most && call.k < most &&
-         fits_sm90(call.x) && fits_sm90(call.weight) &&
-         fits_sm90(CudaMatrix{call.y, call.y_row, call.y_col}) && call.n % 8 == 0;
+  return !call.add && call.m > 0 && call.n > 0 && call.k > 0 && call.m < most && call.n < most &&
+         call.k < most && fits_sm90(call.x, call.k) &&
+         fits_sm90(call.weight, call.turned ? call.n : call.k) &&
+         fits_sm90(CudaMatrix{call.y, call.y_row, call.y_col}, call.n) && call.n % 8 == 0;
 }
 
 // Columns of the tile, 128 or 256 (rows: kSm90Rows); 0 where the sm_80 kernels are expected to be
