@@ -39,7 +39,12 @@ enum : unsigned { kMalformed = 1, kNotFinite = 2, kMismatch = 3 };  // the small
 __device__ inline void note(const Job& job, int64_t block, unsigned what) {
   atomicMin(job.work.fault, static_cast<unsigned long long>((block + 1) * 8 + what));
 }
-__device__ inline bool faulty(const Job& job) { return *job.work.fault != ~0ull; }
+// Whether what was found stops this pass: anything where it writes, else what counts before all
+// that blocks from `block` on may find.
+__device__ inline bool faulty(const Job& job, int64_t block) {
+  const unsigned long long found = *job.work.fault;
+  return job.write ? found != ~0ull : found < static_cast<unsigned long long>(block + 1) * 8;
+}
 
 // One block of weights: where it lies and how many they are.
 template <class T>

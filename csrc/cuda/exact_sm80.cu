@@ -17,6 +17,7 @@
 #include "exact_merge.h"
 #include "exact_undo.h"
 #include "lora_kernels/exact.h"
+#include "on_device.h"
 
 namespace {
 
@@ -27,15 +28,15 @@ using namespace exact;
 template <class T, bool kEncode>
 __global__ void __launch_bounds__(kThreads, kBlocks) exact_kernel(const __grid_constant__ Job job) {
   __shared__ Shared shared;
-  // One thread looks, for all to agree: other blocks may find something at this moment.
-  if (threadIdx.x == 0) shared.stop = faulty(job);
-  __syncthreads();
-  if (shared.stop) return;
   const ExactLayout& at = job.at;
   const bool wide = at.group == 1;
   const int64_t groups = (at.rows + at.group - 1) / at.group;
   const int64_t side = blockIdx.x % at.per_row;
   const int64_t first = blockIdx.x / at.per_row * (wide ? kRows : 1);
+  // One thread looks, for all to agree: other blocks may find something at this moment.
+  if (threadIdx.x == 0) shared.stop = faulty(job, first * at.per_row + side);
+  __syncthreads();
+  if (shared.stop) return;
   const int64_t last = wide && first + kRows < groups ? first + kRows : wide ? groups : first + 1;
   const int halves = !wide || Place<T>(job, first, side).count > kHalf ? 2 : 1;
   const int high = wide ? kSlots / halves : 1;
@@ -192,10 +193,6 @@ cudaError_t begin(const Job& job, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   if (job.at.blocks > 0) LK_LAUNCH(factors_kernel, 256u, kThreads, 0, stream, job);
   return cudaGetLastError();
-}
-
-const char* words(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 template <class T>

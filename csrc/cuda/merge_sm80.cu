@@ -14,6 +14,7 @@
 #include "load_adapter.h"
 #include "lora_kernels/cuda_merge.h"
 #include "lora_kernels/merge_element.h"
+#include "on_device.h"
 
 namespace {
 
@@ -227,7 +228,7 @@ const char* run(const CudaMerge<kTerms>* list, int64_t count, DType type, bool* 
     }
     error = cudaGetLastError();
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return words(error);
 }
 
 }  // namespace

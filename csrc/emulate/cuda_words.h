@@ -69,7 +69,9 @@ inline unsigned long long atomicMin(unsigned long long* p, unsigned long long v)
 // The runtime: one device of 4 multiprocessors, whose memory is the host's.
 using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr cudaError_t cudaSuccess = 0, cudaErrorLaunchFailure = 719;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorLaunchFailure = 719,
+                      cudaErrorStreamCaptureUnsupported = 900;
+inline cudaError_t remembered = cudaSuccess;  // until cudaGetLastError
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
@@ -93,8 +95,16 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cuda
   std::memcpy(to, from, size);
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaGetLastError() {
-  return lora_kernels_emulate::fault.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  if (!lora_kernels_emulate::settings.capturing) return cudaSuccess;
+  return remembered = cudaErrorStreamCaptureUnsupported;
 }
-inline const char* cudaGetErrorString(cudaError_t) { return lora_kernels_emulate::fault.c_str(); }
+inline cudaError_t cudaGetLastError() {
+  const cudaError_t last = remembered;
+  remembered = cudaSuccess;
+  return lora_kernels_emulate::fault.empty() ? last : cudaErrorLaunchFailure;
+}
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorStreamCaptureUnsupported ? "the stream is capturing"
+                                                    : lora_kernels_emulate::fault.c_str();
+}

@@ -38,6 +38,8 @@ void lk_emulate_capability(int capability) {
   lora_kernels_emulate::settings.capability = capability;
 }
 
+void lk_emulate_capturing(bool capturing) { lora_kernels_emulate::settings.capturing = capturing; }
+
 void lk_emulate_blocks(unsigned seed) { lora_kernels_emulate::settings.blocks = seed; }
 
 const char* lk_emulate_faulty(int forget) {

@@ -33,8 +33,9 @@ struct Dim3 {
 struct Settings {
   unsigned seed = 1;
   bool early = false;
-  unsigned blocks = 0;  // shuffles the blocks too; 0: in their order
-  int capability = 80;  // of the device
+  unsigned blocks = 0;     // shuffles the blocks too; 0: in their order
+  int capability = 80;     // of the device
+  bool capturing = false;  // a graph: the host can not wait
 };
 inline Settings settings;
 inline std::string fault;

@@ -144,6 +144,30 @@ def test_damage_is_found_before_anything_is_written():
     assert same_bits(weight, changed)
 
 
+def test_of_several_faults_the_first_is_told(set_order):
+    """Whichever block runs first: each looks for what comes before all that was found."""
+    weight, *adapter = _case(24, 2048, 2, BF16, b=0.02)
+    merged = weight.clone()
+    body, _ = _cuda("merge_exact_", merged, *adapter)
+    for seed in (0, 3, 9, 10):
+        set_order(seed, True)
+        wrong = weight.clone()
+        wrong[6:, 5] = torch.inf
+        assert _cuda("merge_exact_", wrong, *adapter)[1].tolist() == [NOT_FINITE, 6]
+        damaged = merged.clone()
+        damaged[7:, 5] += 1
+        assert _cuda("unmerge_exact_", damaged, *adapter, body).tolist() == [MISMATCH, 7]
+
+
+def test_a_refused_wait_is_no_error_of_the_next_call(library):
+    weight, *adapter = _case(3, 2048, 2, BF16)
+    library.lk_emulate_capturing(True)
+    with pytest.raises(RuntimeError, match="the stream is capturing"):
+        _cuda("merge_exact_", weight, *adapter)
+    library.lk_emulate_capturing(False)
+    _cuda("merge_", weight, *adapter, 1.0)
+
+
 def test_strides():
     weight, a, b, scale = _case(9, 2300, 3, BF16)
     expected = weight.clone()
