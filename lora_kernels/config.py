@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import os
+import re
 import warnings
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -135,10 +136,13 @@ class LoraConfig:
             if not isinstance(patterns, dict):
                 raise TypeError(f"{name}: expected a dict of name patterns, got {patterns!r}")
             for key, value in patterns.items():
+                check_pattern(name, key)
                 check(f"{name}[{key!r}]", value)
             setattr(self, name, patterns)
         for name in ("target_modules", "exclude_modules"):
             setattr(self, name, _names(name, getattr(self, name), as_set=True))
+            if isinstance(getattr(self, name), str):
+                check_pattern(name, getattr(self, name))
         if isinstance(self.target_parameters, str):
             raise TypeError(f"`target_parameters` must be a list of strings or None, got {self.target_parameters!r}")
         self.target_parameters = _names("target_parameters", self.target_parameters, allow_str=False)
@@ -314,6 +318,13 @@ class LoraConfig:
         if values.pop("runtime_config", None) is not None:
             warnings.warn(f"{path}: runtime_config is no part of a saved adapter; it has no effect", stacklevel=3)
         return values
+
+
+def check_pattern(name, value):
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{name}: expected a regular expression, got {value!r} ({error})") from error
 
 
 def check_rank(name, value):

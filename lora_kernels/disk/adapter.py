@@ -17,10 +17,21 @@ from ..config import CONFIG_NAME, LoraConfig
 from ..initial import keeps_weights
 from ..io.checkpoint import CheckpointError, load_tensors
 from ..targeting import is_target, pattern_value
+from .base import FLOATS
 
 PREFIX = "base_model.model."
-_FACTOR = re.compile(r"^(?P<path>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|"
-                     r"lora_embedding_B|lora_magnitude_vector(\.weight)?)$")  # fmt: skip
+# What PEFT calls the parts of a Module.
+_PARTS = {
+    "a": ("lora_A.weight", "lora_embedding_A"),
+    "b": ("lora_B.weight", "lora_embedding_B"),
+    "b_bias": ("lora_B.bias",),
+    "magnitude": ("lora_magnitude_vector", "lora_magnitude_vector.weight"),
+}
+_FACTOR = re.compile(
+    rf"^(?P<path>.+)\.(?P<kind>{'|'.join(re.escape(kind) for kinds in _PARTS.values() for kind in kinds)})$"
+)
+# Names inside of a wrapper: PEFT's bias="all" saves the biases of both modules beside what is saved in full.
+_WRAPPED = re.compile(r"\.(original_module|modules_to_save)(?=\.)")
 _DELTA = ".token_adapter.trainable_tokens_delta"
 _FOREIGN = re.compile(r"\.(lora_diag|lora_velora_embed|trainable_tokens_\w+|lora_\w*sampler\w*)(\.|$)")
 # Trained at start or end only: the saved adapter is an ordinary one.
@@ -98,11 +109,11 @@ def read_adapter(directory, weight=1.0, check=True):
     adapter.dtypes = tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))
     problems = []
     for key, tensor in sorted(tensors.items()):
-        if check and tensor.is_floating_point() and not tensor.isfinite().all():
-            problems.append(f"{key}: holds Inf or NaN")
-        problem = _place(adapter, key, tensor)
-        if problem:
-            problems.append(f"{key}: {problem}")
+        saved = _WRAPPED.sub("", key, count=1)
+        if saved != key and saved in tensors:
+            continue
+        found = (_unreadable(tensor, check), _place(adapter, key, tensor))
+        problems += [f"{key}: {problem}" for problem in found if problem]
     for module in adapter.modules.values():
         problems += _finish(adapter, module)
     for layers in adapter.parameters.values():
@@ -110,6 +121,13 @@ def read_adapter(directory, weight=1.0, check=True):
     if problems:
         raise CheckpointError(f"{directory}: {'; '.join(problems[:8])}{more(problems)}")
     return adapter
+
+
+def _unreadable(tensor, check):
+    """What is wrong with the values of a tensor, if anything."""
+    if tensor.is_floating_point() and tensor.dtype not in FLOATS.values():
+        return f"expected float32, float16, bfloat16 or float64, got {tensor.dtype}"
+    return "holds Inf or NaN" if check and not tensor.isfinite().all() else None
 
 
 def more(problems, shown=8):
@@ -172,20 +190,22 @@ def _place(adapter, key, tensor):
         module = adapter.parameters.setdefault(path, {}).setdefault(depth, Module(path, names=names))
     else:
         module = adapter.modules.setdefault(path, Module(path))
-    if kind.startswith("lora_magnitude_vector"):
+    part = next(part for part, kinds in _PARTS.items() if kind in kinds)
+    if getattr(module, part) is not None:
+        return f"a second {kind} of '{path}'"
+    if part == "magnitude":
         module.magnitude = tensor.reshape(-1)
         return None
-    if kind == "lora_B.bias":
+    if part == "b_bias":
         module.b_bias = tensor
         return None if tensor.dim() == 1 else f"expected shape (out,), got {tuple(tensor.shape)}"
     module.is_embedding = "embedding" in kind
-    is_a = kind.endswith(("lora_A.weight", "embedding_A"))
     if tensor.dim() < 2 or (module.is_embedding and tensor.dim() != 2):
         return f"expected a matrix, got shape {tuple(tensor.shape)}"
-    if is_a:
+    if part == "a":
         module.a = tensor.flatten(1)  # a convolution's (rank, channels, *kernel) included
         return None
-    if tensor[0, 0].numel() != 1:
+    if math.prod(tensor.shape[2:]) != 1:
         return f"expected shape (out, rank, 1, …), got {tuple(tensor.shape)}"
     module.b = tensor.flatten(1)
     return None

@@ -15,7 +15,9 @@ import torch
 
 from ..io.checkpoint import CheckpointError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Of the others some are saved in full: the batches that a norm has seen, masks, positions.
+DTYPES = {**FLOATS, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
               "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}  # fmt: skip
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -47,6 +49,10 @@ class TensorInfo:
     @property
     def torch_dtype(self):
         return DTYPES.get(self.dtype)
+
+    @property
+    def is_floating(self):
+        return self.dtype in FLOATS
 
     @property
     def matrix(self):
@@ -154,10 +160,11 @@ def read_header(path, shard):
         infos = []
         for name, entry in header.items():
             start, stop = entry["data_offsets"]
-            infos.append(
-                TensorInfo(name, entry["dtype"], tuple(entry["shape"]), 8 + length + start, 8 + length + stop, shard)
-            )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+                raise ValueError(f"'{name}' is {entry}")
+            infos.append(TensorInfo(name, dtype, shape, 8 + length + start, 8 + length + stop, shard))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its safetensors header can not be read ({error})") from error
     infos.sort(key=lambda info: (info.start, info.stop))
     position = 8 + length
@@ -177,7 +184,7 @@ def _read_json(path):
     try:
         with open(path, encoding="utf-8") as file:
             values = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: can not be read as JSON ({error})") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
@@ -189,7 +196,7 @@ def _read_config(base):
     values = _read_json(path) if os.path.isfile(path) else {}
     text = values.get("text_config")
     text = text if isinstance(text, dict) else {}
-    base.model_types = tuple(part["model_type"] for part in (values, text) if "model_type" in part)
+    base.model_types = tuple(str(part["model_type"]) for part in (values, text) if "model_type" in part)
     nested = text.get("tie_word_embeddings")
     base.tied = bool(values.get("tie_word_embeddings", True if nested is None else nested))
 

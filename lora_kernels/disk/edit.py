@@ -37,9 +37,10 @@ class Term:
 
 @dataclass
 class Edit:
-    """What is done to one tensor: ``replacement``, then ``rows`` (number -> row; both of its dtype) or ``terms``."""
+    """What is done to one tensor: ``parts`` (first row -> what replaces the rows from there), then ``rows`` (number ->
+    row; both of its dtype) or ``terms``."""
 
-    replacement: torch.Tensor = None
+    parts: dict = field(default_factory=dict)
     replaced_by: str = ""
     rows: dict = field(default_factory=dict)
     terms: list[Term] = field(default_factory=list)
@@ -56,7 +57,9 @@ class TensorEdit:
     """
 
     def __init__(self, info, edit, read, block_rows):
-        self.info, self.replacement, self.rows = info, edit.replacement, edit.rows
+        self.info, self.rows = info, edit.rows
+        parts = [(row, part) for row, part in edit.parts.items() if part.numel()]
+        self.parts = [(row, part.reshape(-1, info.matrix[1])) for row, part in parts]
         terms = [from_original(term, info, read, block_rows) for term in edit.terms]
         self.terms = [replace(term, right=term.right.contiguous()) for term in terms]
         self._norms = {}
@@ -67,8 +70,10 @@ class TensorEdit:
 
     def base_rows(self, rows, row):
         """The rows before the terms: the original ones, or those that replace them. ``rows`` is written."""
-        if self.replacement is not None:
-            rows.copy_(self.replacement.reshape(self.info.matrix)[row : row + rows.shape[0]])
+        for start, part in self.parts:
+            first, last = max(start, row), min(start + len(part), row + rows.shape[0])
+            if first < last:
+                rows[first - row : last - row] = part[first - start : last - start]
         for number, own in self.rows.items():
             if row <= number < row + rows.shape[0]:
                 rows[number - row] = own

@@ -1,12 +1,13 @@
 """From an adapter's names to a checkpoint's.
 
 A name is looked up, in this order: as it is; with a prefix more or less on one side; without the names of wrapping
-modules on both sides; under Mixtral's older name of its experts; as a part of a fused projection, or the fusion of
-split ones. The first of these that finds anything must find one tensor: two are an error. A prefix that holds a layer's
-index is never skipped.
+modules on both sides; the same under the names that transformers 4 had; as a part of a fused projection, or the fusion
+of split ones. The first of these that finds anything must find one tensor: two are an error. A prefix that holds a
+layer's index is never skipped.
 """
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from ..io.checkpoint import CheckpointError
@@ -15,6 +16,20 @@ _WRAPPERS = {"base_model", "model", "transformer", "language_model", "module", "
 # Fused projections whose rows are those of their parts, one part after the other. (query_key_value, Wqkv, c_attn
 # and in_proj interleave heads or differ between models: refused.)
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# What transformers 5 has renamed: checkpoints keep the older names. A group a family, applied whole.
+_OLDER = (
+    ((r"\.mlp\.", ".block_sparse_moe."),),  # Mixtral
+    ((r"^lm_head\.", "embed_out."),),  # GPT-NeoX
+    (  # ViT, DeiT, BEiT, DINOv2
+        (r"\blayers\.(?=\d)", "encoder.layer."),
+        (r"\battention\.q_proj\.", "attention.attention.query."),
+        (r"\battention\.k_proj\.", "attention.attention.key."),
+        (r"\battention\.v_proj\.", "attention.attention.value."),
+        (r"\battention\.o_proj\.", "attention.output.dense."),
+        (r"\bmlp\.fc1\.", "intermediate.dense."),
+        (r"\bmlp\.fc2\.", "output.dense."),
+    ),
+)
 
 
 class KeyMatchError(CheckpointError):
@@ -48,6 +63,17 @@ class Keys:
         Raises:
             KeyMatchError: several tensors match.
         """
+        found = self._find(name)
+        for rules in _OLDER if found is None else ():
+            older = name
+            for pattern, replacement in rules:
+                older = re.sub(pattern, replacement, older)
+            found = None if older == name else self._find(older)
+            if found is not None:
+                break
+        return found
+
+    def _find(self, name):
         if name in self.tensors:
             return name
         longer = [t for t in self._by_last.get(_tail(name), ()) if _is_prefix_of_wrapper(t, name)]
@@ -56,37 +82,37 @@ class Keys:
                 raise KeyMatchError(f"'{name}' matches several tensors: {', '.join(sorted(found)[:4])}")
             if found:
                 return found[0]
-        older = name.replace(".mlp.", ".block_sparse_moe.")
-        return None if older == name else self.find(older)
+        return None
 
-    def find_slices(self, path, rows, sibling_rows):
-        """Where the update of module ``path`` goes, (out, in) weights: a list of :class:`Slice`, empty if nowhere.
+    def find_slices(self, path, rows, sibling_rows, kind="weight"):
+        """Where rows of module ``path`` go, (out, in) weights: a list of :class:`Slice`, empty if nowhere.
 
         Args:
-            rows: rows of the module's ``lora_B``.
-            sibling_rows: module path -> rows of its ``lora_B``, for all modules of the adapter.
+            rows: their number, of the module's ``lora_B`` or of what it has saved in full.
+            sibling_rows: module path -> such rows, for all modules of the adapter.
+            kind: "weight" or "bias".
         """
         parent, _, last = path.rpartition(".")
         head = parent + "." if parent else ""
         for fused, parts in FUSED.items():
             if last == fused:
-                return self._split(head, path, parts, rows)
+                return self._split(head, path, parts, rows, kind)
             if last in parts:
-                return self._part(head, path, fused, parts, rows, sibling_rows)
+                return self._part(head, path, fused, parts, rows, sibling_rows, kind)
         return []
 
-    def _split(self, head, path, parts, rows):
-        found = [self.find(f"{head}{part}.weight") for part in parts]
+    def _split(self, head, path, parts, rows, kind):
+        found = [self.find(f"{head}{part}.{kind}") for part in parts]
         if None in found:
             return []
         sizes = [self.tensors[name].matrix[0] for name in found]
         if sum(sizes) != rows:
-            raise KeyMatchError(f"'{path}' is {' + '.join(found)} of {sizes} rows in the checkpoint; its lora_B has "
+            raise KeyMatchError(f"'{path}' is {' + '.join(found)} of {sizes} rows in the checkpoint, not "
                                 f"{rows}")  # fmt: skip
         return [Slice(name, 0, size, sum(sizes[:i])) for i, (name, size) in enumerate(zip(found, sizes))]
 
-    def _part(self, head, path, fused, parts, rows, sibling_rows):
-        name = self.find(f"{head}{fused}.weight")
+    def _part(self, head, path, fused, parts, rows, sibling_rows, kind):
+        name = self.find(f"{head}{fused}.{kind}")
         if name is None:
             return []
         total, place = self.tensors[name].matrix[0], parts.index(path.rpartition(".")[2])
@@ -98,7 +124,7 @@ class Keys:
         else:
             sizes = [total // 2, total // 2]
         if sum(sizes) != total or any(g is not None and g != s for g, s in zip(given, sizes)) or min(sizes) <= 0:
-            raise KeyMatchError(f"'{path}': its lora_B has {rows} rows, which do not fit {name} as "
+            raise KeyMatchError(f"'{path}': its {rows} rows do not fit {name} as "
                                 f"[{'; '.join(parts)}] of {total} rows")  # fmt: skip
         return [Slice(name, sum(sizes[:place]), rows, 0)]
 

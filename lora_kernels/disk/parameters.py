@@ -121,6 +121,12 @@ def _locate(base, keys, name, layers, allow_tied):
     if shape:
         check_dtype(base.tensors[target])
         return Parameter(name, None, *shape, [(target, 0, None, 0, shape[0])])
+    return split_stack(base, keys, name)
+
+
+def split_stack(base, keys, name):
+    """The :class:`Parameter` of a stack whose experts are tensors of their own; None where there are none."""
+    last = name.rpartition(".")[2]
     return next(filter(None, (_by_expert(base, keys, name, parts) for parts in _SPLIT.get(last, ((last,),)))), None)
 
 

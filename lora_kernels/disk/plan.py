@@ -12,7 +12,7 @@ from ..io.checkpoint import CheckpointError
 from .adapter import WAY_AROUND, more
 from .edit import Edit, Term
 from .keys import KeyMatchError, Keys
-from .parameters import parameter_terms
+from .parameters import parameter_terms, split_stack
 from .places import check_dtype, has_head, is_embedding, slices_of, unknown
 
 
@@ -45,34 +45,58 @@ def _full_tensors(base, keys, adapter, edits, taken, problems, allow_tied):
     for name, (tensor, key) in adapter.full.items():
         where = f"{adapter.directory}: {key}"
         try:
-            target = keys.find(name)
-        except KeyMatchError as error:
+            parts = _parts(base, keys, adapter, name, tensor)
+            if not parts and not _same_as_tied(base, keys, adapter, name, tensor):
+                raise CheckpointError(f"{unknown(keys, name)}; a tensor is never added, since the layout is kept")
+            if parts and not allow_tied and _leaves_the_head(base, adapter, name, tensor):
+                raise CheckpointError(
+                    f"'{parts[0][0]}' is the output head too (tie_word_embeddings), which the adapter was trained "
+                    "without changing; --allow-tied replaces both, or untie the base model first"
+                )
+            for target, row, part in parts:
+                _replace(base.tensors[target], row, part, edits.setdefault(target, Edit()), where)
+        except CheckpointError as error:
             problems.append(f"{where}: {error}")
-            continue
-        if target is None:
-            if _same_as_tied(base, keys, adapter, name, tensor):
-                continue
-            problems.append(f"{where}: {unknown(keys, name)}; a tensor is never added, since the layout is kept")
-            continue
-        info = base.tensors[target]
-        problem = _replacement_problem(info, tensor)
-        if not problem and not allow_tied and _leaves_the_head(base, adapter, name, tensor):
-            problem = (
-                f"'{target}' is the output head too (tie_word_embeddings), which the adapter was trained without "
-                "changing; --allow-tied replaces both, or untie the base model first"
-            )
-        edit = edits.setdefault(target, Edit())
-        if (
-            not problem
-            and edit.replacement is not None
-            and not torch.equal(edit.replacement, tensor.to(info.torch_dtype))
-        ):
-            problem = f"'{target}' is also replaced by {edit.replaced_by}"
-        if problem:
-            problems.append(f"{where}: {problem}")
-        else:
-            edit.replacement = tensor.to(info.torch_dtype or tensor.dtype).contiguous()
-            edit.replaced_by = where
+
+
+def _parts(base, keys, adapter, name, tensor):
+    """Which tensor of the checkpoint has what of a tensor saved in full: (its name, first row in it, the rows)."""
+    target = keys.find(name)
+    if target is not None:
+        _check_shape(target, base.tensors[target].shape, tensor)
+        return [(target, 0, tensor)]
+    stack = split_stack(base, keys, name)
+    if stack is not None:
+        _check_shape(name, (stack.experts, stack.rows, stack.columns), tensor)
+        return [(piece, row, tensor[expert, at : at + rows]) for piece, row, expert, at, rows in stack.pieces]
+    path, _, kind = name.rpartition(".")
+    if kind not in ("weight", "bias") or tensor.dim() == 0:
+        return []
+    rows_of = {n.removesuffix(f".{kind}"): len(t) for n, (t, _) in adapter.full.items() if n.endswith(f".{kind}")}
+    slices = keys.find_slices(path, rows_of[path], rows_of, kind)
+    for part in slices:
+        _check_shape(part.tensor, (part.rows, *base.tensors[part.tensor].shape[1:]), tensor[: part.rows])
+    return [(p.tensor, p.row, tensor[p.source_row : p.source_row + p.rows]) for p in slices]
+
+
+def _check_shape(name, shape, tensor):
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"expected shape {shape} ('{name}'), got {tuple(tensor.shape)}")
+
+
+def _replace(info, row, part, edit, where):
+    """Adds a part to the edit of a tensor, rounded to its dtype."""
+    rounded = info.is_floating and part.is_floating_point()
+    if info.torch_dtype is None or not (rounded or part.dtype == info.torch_dtype):
+        raise CheckpointError(f"'{info.name}' is {info.dtype} and can not be replaced by {part.dtype}")
+    part = part.to(info.torch_dtype).reshape(part.shape or (1,)).contiguous()
+    if not part.isfinite().all():
+        raise CheckpointError(f"a value is beyond the range of {info.dtype}")
+    for start, other in edit.parts.items():
+        first, last = max(row, start), min(row + len(part), start + len(other))
+        if first < last and not torch.equal(part[first - row : last - row], other[first - start : last - start]):
+            raise CheckpointError(f"'{info.name}' is also replaced by {edit.replaced_by}")
+    edit.parts[row], edit.replaced_by = part, where
 
 
 def _token_rows(base, keys, adapter, edits, taken, problems, allow_tied):
@@ -99,16 +123,6 @@ def _token_rows(base, keys, adapter, edits, taken, problems, allow_tied):
                 edit.rows[token] = row
         except (CheckpointError, KeyMatchError) as error:
             problems.append(f"{where}: {error}")
-
-
-def _replacement_problem(info, tensor):
-    if tuple(tensor.shape) != info.shape:
-        return f"expected shape {info.shape} ('{info.name}'), got {tuple(tensor.shape)}"
-    if info.torch_dtype is None or not tensor.is_floating_point():
-        return f"'{info.name}' is {info.dtype}: only floating tensors are replaced, got {tensor.dtype}"
-    if not tensor.to(info.torch_dtype).isfinite().all():
-        return f"a value is beyond the range of {info.dtype}"
-    return None
 
 
 def _leaves_the_head(base, adapter, name, tensor):

@@ -75,7 +75,7 @@ def _compare_edited(workers, source, target, info, edit, progress, block_bytes):
     ready = prepare(workers, source, info, edit, block_bytes)
     for _, count in edited_blocks(workers, source, ready, block_bytes, compare):
         progress.advance(count)
-    if any(term.magnitude is not None for term in ready.terms):
+    if not info.is_floating or any(term.magnitude is not None for term in ready.terms):
         return
     original, merged = RowReader(source, info, block_bytes), RowReader(target, info, block_bytes)
     step = max(1, info.matrix[0] // _ROWS_IN_FLOAT64)

@@ -62,6 +62,9 @@ KEYS = {
     "Inf": (lambda t, k: t[k][0].fill_(float("inf")), "holds Inf or NaN"),
     "wrong shape": (lambda t, k: t.update({k: torch.ones(4, 7)}), "does not fit"),
     "wrong rank": (lambda t, k: t.update({k: torch.ones(3, 48)}), "rank 3"),
+    "no rank": (lambda t, k: t.update({n: v[:0] if "A" in n else v[:, :0] for n, v in t.items()}), "expected rank 4"),
+    "eight bits": (lambda t, k: t.update({k: t[k].to(torch.float8_e4m3fn)}), "got torch.float8_e4m3fn"),
+    "twice": (lambda t, k: t.update({k.removeprefix("base_model.model."): 2 * t[k]}), "a second lora_A.weight of"),
     "integers": (lambda t, k: t.update({k: torch.ones(4, 48).int()}), "floating"),
     "head that is not there": (lambda t, k: t.update({"base_model.model.score.weight": torch.ones(2, 48)}), "score"),
     "tokens": (
@@ -87,6 +90,9 @@ CONFIGS = {
     "rank": ({"r": 5}, "expected rank 5"),
     "dora": ({"use_dora": True}, "lora_magnitude_vector is missing"),
     "alora": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+    "pattern": ({"rank_pattern": {"(": 4}}, r"json: rank_pattern: expected a regular expression, got '\('"),
+    "alphas": ({"alpha_pattern": {"*.q_proj": 4}}, r"alpha_pattern: expected a regular expression, got '\*.q_proj'"),
+    "targets": ({"target_modules": "["}, r"target_modules: expected a regular expression, got '\['"),
     "orientation": ({"fan_in_fan_out": True}, None),
 }
 
@@ -124,6 +130,34 @@ def test_base_checkpoints(job):
     save_file({"w": torch.ones(2)}, base / "a.safetensors")
     save_file({"v": torch.ones(2)}, base / "b.safetensors")
     refused(job, "2 safetensors files and no index")
+
+
+HEADERS = {
+    "dtype": {"dtype": ["F32"]},
+    "negative": {"shape": [-48]},
+    "fraction": {"data_offsets": [0.0, 8.0]},
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_headers_of_other_types(case, job):
+    path = sorted((job / "base").glob("*.safetensors"))[0]
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name = next(name for name in header if name != "__metadata__")
+    header[name].update(HEADERS[case])
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    refused(job, rf"{path.name}: its safetensors header can not be read \('{name}' is ")
+
+
+def test_json_without_end(job):
+    (job / "base" / "config.json").write_text("[" * 100_000)
+    refused(job, "config.json: can not be read as JSON")
+    (job / "a" / "adapter_config.json").write_text("[" * 100_000)
+    (job / "base" / "config.json").unlink()
+    refused(job, r"adapter_config.json: expected a JSON object$")
 
 
 def test_quantised_weights(job):
