@@ -133,9 +133,8 @@ class StoredModel:
         try:
             peft_model._finish_load(adapter_name, tensors, is_trainable, strict, ignore_mismatched_sizes)
         except BaseException:
-            if has_others:
-                peft_model.base_model.delete_adapter(adapter_name)
-            else:
+            peft_model.base_model.delete_adapter(adapter_name)  # unloading alone keeps what it saved in full
+            if not has_others:
                 peft_model.base_model.unload()
             for parameter, trains in trained:
                 parameter.requires_grad_(trains)

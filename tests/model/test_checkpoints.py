@@ -260,6 +260,16 @@ def test_strict_refuses_unknown_keys_and_restores(tmp_path):
     assert list(model.named_modules()) == before
 
 
+def test_a_failed_load_leaves_the_modules_that_were_to_be_replaced(tmp_path):
+    trained(None, CASES["saved"]).save_pretrained(tmp_path)
+    _rewrite(tmp_path / "adapter_model.safetensors", lambda t: t.update(stray=torch.zeros(2)))
+    model = tiny()
+    before = [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]
+    with pytest.raises(CheckpointError, match="stray"):
+        PeftModel.from_pretrained(model, tmp_path, strict=True)
+    assert [(n, id(p), p.requires_grad) for n, p in model.named_parameters()] == before
+
+
 # Saving
 
 
