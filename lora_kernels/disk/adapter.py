@@ -31,7 +31,7 @@ _FACTOR = re.compile(
     rf"^(?P<path>.+)\.(?P<kind>{'|'.join(re.escape(kind) for kinds in _PARTS.values() for kind in kinds)})$"
 )
 # Names inside of a wrapper: PEFT's bias="all" saves the biases of both modules beside what is saved in full.
-_WRAPPED = re.compile(r"\.(original_module|modules_to_save)(?=\.)")
+_WRAPPED = [re.compile(rf"\.{n}(?=\.)") for n in ("original_module", "modules_to_save", r"modules_to_save\.[^.]+")]
 _DELTA = ".token_adapter.trainable_tokens_delta"
 _FOREIGN = re.compile(r"\.(lora_diag|lora_velora_embed|trainable_tokens_\w+|lora_\w*sampler\w*)(\.|$)")
 # Trained at start or end only: the saved adapter is an ordinary one.
@@ -109,8 +109,7 @@ def read_adapter(directory, weight=1.0, check=True):
     adapter.dtypes = tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))
     problems = []
     for key, tensor in sorted(tensors.items()):
-        saved = _WRAPPED.sub("", key, count=1)
-        if saved != key and saved in tensors:
+        if any(pattern.search(key) and pattern.sub("", key, count=1) in tensors for pattern in _WRAPPED):
             continue
         found = (_unreadable(tensor, check), _place(adapter, key, tensor))
         problems += [f"{key}: {problem}" for problem in found if problem]

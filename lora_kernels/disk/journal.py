@@ -2,9 +2,11 @@
 
 The merge is made in ``OUT.partial``, which becomes OUT by one rename when every byte is there (and verified, where
 that is asked for): OUT never exists half done. ``OUT.partial.jsonl`` beside it opens with what is being merged and
-then has one line for each stretch that was synced to disk; a line that was cut short is ignored.
+then has one line for each stretch that was synced to disk; a line that was cut short or damaged is ignored, with all
+after it.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -27,38 +29,51 @@ class Journal:
         self.done, self.finished = {}, False
         if os.path.isdir(folder) and os.listdir(folder) and not os.path.isfile(self.path):
             raise CheckpointError(f"{folder} is in the way: no merge left it there; move or delete it")
-        self._file = open(self.path, "a+b")  # noqa: SIM115 closed by close()
+        self._lock()
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise CheckpointError(f"{self.path}: another merge is writing there") from None
-        self._load(job)
+            self._load(job)
+        except BaseException:
+            self.close()
+            raise
         if not self.finished:
             os.makedirs(folder, exist_ok=True)
 
+    def _lock(self):
+        while True:
+            self._file = open(self.path, "a+b")  # noqa: SIM115 closed by close()
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self._file.close()
+                raise CheckpointError(f"{self.path}: another merge is writing there") from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+                    return
+            self._file.close()  # another merge has ended, and removed it, since it was opened
+
     def _load(self, job):
         self._file.seek(0)
-        text = self._file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            self._file.truncate(len(whole))
-        lines = whole.splitlines()
-        if not lines:
-            self._append({"job": job})
-            sync_folder(os.path.dirname(os.path.abspath(self.path)))
-            return
-        if json.loads(lines[0]) != {"job": job}:
-            self.close()
-            raise CheckpointError(
-                f"{self.folder} holds an unfinished merge of other files, weights or options; run that again, or "
-                "delete it"
-            )
-        for line in lines[1:]:
-            entry = json.loads(line)
+        text, position = self._file.read(), 0
+        for line in text.splitlines(keepends=True):
+            entry = _entry(line)
+            if entry is None or ("job" in entry) != (position == 0):
+                break
+            if entry.get("job", job) != job:
+                raise CheckpointError(
+                    f"{self.folder} holds an unfinished merge of other files, weights or options; run that again, or "
+                    "delete it"
+                )
+            position += len(line)
             self.finished = self.finished or "finished" in entry
             if "file" in entry:
                 self.done[entry["file"]] = entry["bytes"]
+        if position == 0 and b"\n" in text:
+            raise CheckpointError(f"{self.path} is damaged: delete it, and {self.folder}, to begin again")
+        if position < len(text):
+            self._file.truncate(position)
+        if position == 0:
+            self._append({"job": job})
+            sync_folder(os.path.dirname(os.path.abspath(self.path)))
 
     def _append(self, entry):
         self._file.write(json.dumps(entry).encode() + b"\n")
@@ -91,6 +106,21 @@ class Journal:
 
     def close(self):
         self._file.close()
+
+
+def _entry(line):
+    """What a line of a journal says; None where it is cut short or damaged."""
+    try:
+        entry = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    known = isinstance(entry, dict) and not entry.keys().isdisjoint(("job", "file", "finished"))
+    damaged = known and "file" in entry and not (isinstance(entry["file"], str) and _is_count(entry.get("bytes")))
+    return entry if known and not damaged else None
+
+
+def _is_count(value):
+    return isinstance(value, int) and value >= 0
 
 
 def sync_folder(path):

@@ -7,29 +7,15 @@ layer's index is never skipped.
 """
 
 import difflib
-import re
 from dataclasses import dataclass
 
 from ..io.checkpoint import CheckpointError
+from .older import older_names
 
 _WRAPPERS = {"base_model", "model", "transformer", "language_model", "module", "_orig_mod"}
 # Fused projections whose rows are those of their parts, one part after the other. (query_key_value, Wqkv, c_attn
 # and in_proj interleave heads or differ between models: refused.)
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-# What transformers 5 has renamed: checkpoints keep the older names. A group a family, applied whole.
-_OLDER = (
-    ((r"\.mlp\.", ".block_sparse_moe."),),  # Mixtral
-    ((r"^lm_head\.", "embed_out."),),  # GPT-NeoX
-    (  # ViT, DeiT, BEiT, DINOv2
-        (r"\blayers\.(?=\d)", "encoder.layer."),
-        (r"\battention\.q_proj\.", "attention.attention.query."),
-        (r"\battention\.k_proj\.", "attention.attention.key."),
-        (r"\battention\.v_proj\.", "attention.attention.value."),
-        (r"\battention\.o_proj\.", "attention.output.dense."),
-        (r"\bmlp\.fc1\.", "intermediate.dense."),
-        (r"\bmlp\.fc2\.", "output.dense."),
-    ),
-)
 
 
 class KeyMatchError(CheckpointError):
@@ -63,15 +49,8 @@ class Keys:
         Raises:
             KeyMatchError: several tensors match.
         """
-        found = self._find(name)
-        for rules in _OLDER if found is None else ():
-            older = name
-            for pattern, replacement in rules:
-                older = re.sub(pattern, replacement, older)
-            found = None if older == name else self._find(older)
-            if found is not None:
-                break
-        return found
+        tries = (self._find(each) for each in (name, *older_names(name)))
+        return next((found for found in tries if found is not None), None)
 
     def _find(self, name):
         if name in self.tensors:

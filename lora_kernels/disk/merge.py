@@ -46,7 +46,7 @@ def merge_checkpoint(
         CheckpointError: the inputs can not be read or do not fit; nothing was written.
         OSError: the disk; what was written is kept, and the same call continues.
     """
-    out = os.path.abspath(os.fspath(out))
+    out = os.path.realpath(os.fspath(out))  # a link can not be renamed over
     adapter_dirs = [os.fspath(directory) for directory in adapter_dirs]
     weights = _check_weights(weights, adapter_dirs)
     _check_out(base_dir, adapter_dirs, out)
@@ -62,6 +62,7 @@ def merge_checkpoint(
     journal = Journal(folder, _job(base, adapters, allow_tied, block_bytes))
     try:
         if not journal.finished:
+            _check_out(base_dir, adapter_dirs, out)  # again: another merge may have made it until this one had the lock
             with Workers() as workers:
                 _write(workers, base, edits, journal, quiet, block_bytes, sync_bytes)
                 if verify:
@@ -120,6 +121,8 @@ def _summary(base, edits, out):
 def _check_space(folder, summary):
     parent = os.path.dirname(folder)
     while not os.path.isdir(parent):
+        if os.path.lexists(parent):
+            raise CheckpointError(f"OUT: {parent} is no folder")
         parent = os.path.dirname(parent)
     there = sum(os.path.getsize(os.path.join(at, f)) for at, _, files in os.walk(folder) for f in files)
     free, needed = shutil.disk_usage(parent).free, max(0, summary["bytes"] - there)
@@ -140,6 +143,8 @@ def _job(base, adapters, allow_tied, block_bytes):
         "shards": shards,
         "adapters": adapters,
         "allow_tied": allow_tied,
+        "tied": base.tied,
+        "model_types": list(base.model_types),
         "block_bytes": block_bytes,
         "threads": threads,
     }

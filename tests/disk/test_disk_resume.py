@@ -1,5 +1,6 @@
 """A merge that is killed, runs out of disk or is interrupted continues, and never looks complete before it is."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from disk_cases import llama, mixture, save_adapter, save_base
 
 import lora_kernels
-from lora_kernels.disk import merge_checkpoint, stream
+from lora_kernels.disk import merge, merge_checkpoint, stream
 from lora_kernels.io.checkpoint import CheckpointError
 
 SMALL = {"quiet": True, "block_bytes": 512, "sync_bytes": 3000}
@@ -142,6 +143,78 @@ def test_a_torn_line_of_the_journal_is_ignored(job, monkeypatch):
         file.write(b'{"file": "model-0000')
     merge_checkpoint(job / "base", [job / "a"], job / "out", **SMALL)
     assert contents(job / "out") == contents(job / "wanted")
+
+
+DAMAGED = [b"\0\0\0\n", b"5\n", b'{"file": "model-00001-of-00004.safetensors"}\n', b'{"file": "x", "bytes": -5}\n']
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_of_the_journal_ends_it(job, monkeypatch, line):
+    with monkeypatch.context() as patch:
+        fail_after(patch, 60, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            merge_checkpoint(job / "base", [job / "a"], job / "out", **SMALL)
+    path = job / "out.partial.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], line, *lines[2:]]))
+    merge_checkpoint(job / "base", [job / "a"], job / "out", **SMALL)
+    assert contents(job / "out") == contents(job / "wanted")
+    (job / "again.partial.jsonl").write_bytes(line)
+    with pytest.raises(CheckpointError, match=r"again.partial.jsonl is damaged: delete it"):
+        merge_checkpoint(job / "base", [job / "a"], job / "again", **SMALL)
+
+
+def test_a_config_that_changed_meanwhile(job, monkeypatch):
+    with monkeypatch.context() as patch:
+        fail_after(patch, 20, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            merge_checkpoint(job / "base", [job / "a"], job / "out", **SMALL)
+    path = job / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "gpt_oss"}))
+    with pytest.raises(CheckpointError, match="other files, weights or options"):
+        merge_checkpoint(job / "base", [job / "a"], job / "out", **SMALL)
+
+
+def test_another_merge_that_ends_between_the_checks_and_the_lock(job, monkeypatch):
+    def journal(*arguments, make=merge.Journal):
+        with monkeypatch.context() as patch:
+            patch.setattr(merge, "Journal", make)
+            merge_checkpoint(job / "base", [job / "a"], job / "out", **SMALL)
+        return make(*arguments)
+
+    monkeypatch.setattr(merge, "Journal", journal)
+    with pytest.raises(CheckpointError, match="out is not empty"):
+        merge_checkpoint(job / "base", [job / "a"], job / "out", **SMALL)
+    assert contents(job / "out") == contents(job / "wanted")
+    assert not list(job.glob("out.partial*"))
+
+
+def test_another_merge_that_ends_while_its_journal_is_opened(job, monkeypatch):
+    lock, removed = fcntl.flock, []
+
+    def removing(*arguments):
+        if not removed:
+            removed.append(os.unlink(job / "out.partial.jsonl"))
+        lock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", removing)
+    merge_checkpoint(job / "base", [job / "a"], job / "out", **SMALL)
+    assert contents(job / "out") == contents(job / "wanted")
+    assert not list(job.glob("out.partial*"))
+
+
+def test_links_as_the_output_and_as_files(job):
+    """The base as the Hub's cache has it; OUT a link to a folder that is empty, or not there yet."""
+    (job / "cache").mkdir()
+    for path in (job / "base").iterdir():
+        (job / "cache" / path.name).symlink_to(path)
+    (job / "cache" / "gone.json").symlink_to(job / "nowhere.json")
+    (job / "empty").mkdir()
+    for name, target in (("a link", "empty"), ("another", "not yet")):
+        (job / name).symlink_to(job / target)
+        merge_checkpoint(job / "cache", [job / "a"], job / name, **SMALL)
+        assert contents(job / target) == contents(job / name) == contents(job / "wanted")
+        assert not any(path.is_symlink() for path in (job / target).iterdir())
 
 
 def test_verify_finds_a_changed_byte(job, monkeypatch):
