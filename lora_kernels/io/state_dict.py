@@ -253,15 +253,17 @@ def _assign(model, key, tensor):
     path, _, name = key.rpartition(".")
     present = _tensor(model, key)
     if present.is_meta:
-        tensor = tensor.to(device=_device(model, path), dtype=present.dtype, copy=True)
+        tensor = tensor.to(device=_device(model, path, tensor), dtype=present.dtype, copy=True)
         owner = submodule(model, path)
         owner._parameters[name] = nn.Parameter(tensor, requires_grad=present.requires_grad)
     else:
         present.copy_(tensor)
 
 
-def _device(model, path):
-    """Where the layer with adapters that ``path`` is in has its base weight."""
-    while not isinstance(module := submodule(model, path), (LoraLayer, TrainableTokensLayer)):
+def _device(model, path, tensor):
+    """Where the layer with adapters that ``path`` is in has its base weight; in none, where the tensor is."""
+    while path:
+        if isinstance(module := submodule(model, path), (LoraLayer, TrainableTokensLayer)):
+            return module.weight.device
         path = path.rpartition(".")[0]
-    return module.weight.device
+    return tensor.device

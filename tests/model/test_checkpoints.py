@@ -260,6 +260,18 @@ def test_strict_refuses_unknown_keys_and_restores(tmp_path):
     assert list(model.named_modules()) == before
 
 
+@pytest.mark.parametrize("case", ["saved", "bias_all", "bias_and_saved"])
+def test_what_is_in_no_layer_is_loaded_into_a_model_on_the_meta_device(tmp_path, case):
+    source = trained(None, CASES[case])
+    source.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = tiny()
+    loaded = get_peft_model_state_dict(PeftModel.from_pretrained(model, tmp_path))
+    for key, tensor in get_peft_model_state_dict(source).items():
+        assert loaded[key].is_meta or torch.equal(loaded[key], tensor)
+        assert loaded[key].is_meta == (".q_proj." in key)
+
+
 def test_a_failed_load_leaves_the_modules_that_were_to_be_replaced(tmp_path):
     trained(None, CASES["saved"]).save_pretrained(tmp_path)
     _rewrite(tmp_path / "adapter_model.safetensors", lambda t: t.update(stray=torch.zeros(2)))
