@@ -11,6 +11,7 @@ from ..targeting import pattern_value
 from .layer import WIDTHS, PooledLinear, bank_dtype
 
 _PREFIX = "base_model.model."
+_EXPERTS = "experts"  # what models call the layers of which a router gives each token some
 
 
 def parse(pool, config, tensors, skip_modules_to_save):
@@ -20,25 +21,28 @@ def parse(pool, config, tensors, skip_modules_to_save):
         ValueError: what a pool can not serve, or what does not fit the model; the message names it.
     """
     _check_config(config, skip_modules_to_save)
-    saved = tuple(config.modules_to_save or ())
+    saved, modules = tuple(config.modules_to_save or ()), dict(pool.model.named_modules())
     found, other = {}, []
     for key, tensor in tensors.items():
         path, factor = _place(key)
-        if factor is None:
-            if not any(part in saved for part in key.split(".")):
-                other.append(key)
-            continue
-        found.setdefault(path, {})[factor] = tensor
+        if factor is not None:
+            found.setdefault(path, {})[factor] = tensor
+        elif not any(part in saved for part in key.split(".")) and not _is_the_models(modules, key, tensor):
+            other.append(key)
     if other:
         raise ValueError(f"tensors: only LoRA on linear layers is served, got {other[:5]}")
     if not found:
         raise ValueError("tensors: no lora_A and lora_B found")
     linears = {
         name: module
-        for name, module in pool.model.named_modules()
+        for name, module in modules.items()
         if name and isinstance(module, (nn.Linear, PooledLinear)) and not name.endswith(".base_layer")
     }
-    return {path: _checked(pool, config, linears, path, factors) for path, factors in found.items()}
+    return {
+        path: _checked(pool, config, linears, path, factors)
+        for path, factors in found.items()
+        if not _takes_no_part(modules, path, factors)
+    }
 
 
 def closest(wanted, names):
@@ -72,12 +76,29 @@ def _place(key):
     return None, None
 
 
+def _is_the_models(modules, key, tensor):
+    """Whether the model has this very tensor: PEFT saves the weights of adapted embeddings and heads."""
+    path, _, name = key.removeprefix(_PREFIX).rpartition(".")
+    own = getattr(modules.get(path.removesuffix(".base_layer")), name, None)
+    if not isinstance(own, torch.Tensor) or own.shape != tensor.shape:
+        return False
+    return torch.equal(own, tensor.to(own.device, own.dtype))
+
+
+def _takes_no_part(modules, path, factors):
+    """Whether no forward pass comes by the factors, which never trained: PEFT's "all-linear" makes such."""
+    inside = isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+    return inside and "lora_B" in factors and not factors["lora_B"].any()
+
+
 def _checked(pool, config, linears, path, factors):
     if path not in linears:
         raise ValueError(f"tensors: the model has no linear layer '{path}'{closest(path, linears)}")
     layer = linears[path]
     if isinstance(layer, PooledLinear) and not pool.owns(path, layer):
         raise ValueError(f"model: another pool serves '{path}'; remove it first")
+    if _EXPERTS in path.split(".")[:-1]:
+        raise ValueError(f"tensors: '{path}' is an expert: which rows it is given, and in what order, a router decides")
     if isinstance(pool.model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention):
         raise ValueError(f"tensors: '{path}' is used by nn.MultiheadAttention without being called")
     if set(factors) != {"lora_A", "lora_B"}:

@@ -52,7 +52,7 @@ class Router(threading.local):
         """The plan for the rows of ``x``; None outside a batch.
 
         Raises:
-            ValueError: ``x`` does not have the batch first, or rows that are no multiple of it.
+            ValueError: ``x`` does not have the batch first or may not have it, or rows that are no multiple of it.
         """
         if self.batch_size == 0:
             return None
@@ -74,6 +74,12 @@ class Router(threading.local):
             raise ValueError(
                 f"x: expected the {self.batch_size} rows that pool.batch names as its first dimension, got shape "
                 f"{tuple(x.shape)}; a layer whose input has no batch, or not first, can not be served"
+            )
+        if x.dim() == 3 and x.shape[1] == self.batch_size != x.shape[0] and num_tokens != self.batch_size:
+            raise ValueError(
+                f"x: shape {tuple(x.shape)} can be a sequence first, then the {self.batch_size} rows that pool.batch "
+                f"names, or {x.shape[0]} rows of {self.batch_size} tokens; where the rows are first, name the adapter "
+                f"of each of the {x.shape[0]}"
             )
         slots = self._slots.get((self.batch_size, x.device))
         if slots is None:  # the model was moved under the batch

@@ -296,3 +296,42 @@ def test_bad_input():
         with pytest.raises(error, match=message):
             call()
     assert pool.names == ["a"]
+
+
+def test_a_sequence_before_the_batch_is_refused_also_where_its_length_is_a_multiple_of_it():
+    pool, x = served(), torch.randn(6, 2, SIZE)
+    with pytest.raises(ValueError, match=r"\(6, 2, 16\) can be a sequence first"), pool.batch(["a", None]):
+        pool.model(x)
+    with torch.no_grad(), pool.batch(["a", None]):
+        y = pool.model(x[:, :1])  # three beams a row, one token each
+    torch.testing.assert_close(y[2], expected(pool, x, 0)[2, :1], rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), pool.batch(["a"] * 3 + [None] * 3):
+        y = pool.model(x)
+    torch.testing.assert_close(y[2], expected(pool, x, 0)[2], rtol=1e-4, atol=1e-4)
+
+
+def test_experts_are_refused_as_their_rows_are_no_longer_those_of_the_batch():
+    model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(SIZE, SIZE)]), "shared_experts": nn.Linear(SIZE, SIZE)})
+    pool = served(model=model, names=())
+    with pytest.raises(ValueError, match=r"'experts.0' is an expert"):
+        pool.register("a", factors(0, "experts.0"), config=config("0"))
+    pool.register("a", factors(0, "shared_experts"), config=config("shared_experts"))
+
+
+def test_weights_of_the_base_in_a_checkpoint_may_be_those_of_the_model():
+    pool = served(names=())
+    weight = pool.model[0].weight.detach().clone()  # as PEFT saves it, where a head is adapted
+    for key in ("base_model.model.0.base_layer.weight", "0.base_layer.weight"):
+        pool.register(key, {**factors(0), key: weight}, config=config())
+    pool.evict(key)
+    for other in (weight + 1, weight[:-1]):
+        with pytest.raises(ValueError, match=r"got \['0.base_layer.weight'\]"):
+            pool.register("b", {**factors(0), key: other}, config=config())
+
+
+def test_factors_in_an_attention_that_never_trained_are_left_out():
+    pool = served(model=nn.Sequential(nn.MultiheadAttention(SIZE, 2), nn.Linear(SIZE, SIZE)), names=())
+    untrained = factors(1, "0.out_proj")
+    untrained["0.out_proj.lora_B.weight"].zero_()
+    pool.register("a", {**factors(0, "1"), **untrained}, config=config("1"))
+    assert list(pool._layers) == ["1"]
