@@ -53,6 +53,9 @@ _TYPES_BY_TARGETS = {
 }  # fmt: skip
 DEFAULT_TARGETS = {kind: targets for targets, kinds in _TYPES_BY_TARGETS.items() for kind in kinds}
 ALL_LINEAR = "all-linear"  # of ``target_modules``: every linear layer
+# Layers whose weights the kernels of these model types read without calling them.
+_MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+_MAMBA_UNCALLED = ("conv1d", "out_proj")
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
@@ -98,15 +101,18 @@ def find_targets(model, config):
     config, ties = _resolve(model, config)
     plan = Targets(config)
     names = module_names(model)
-    excluded = 0
+    excluded, uncalled = 0, []
     for name, module in names.items():
         if has_suffix(name, ties.lora):
             continue
         verdict = _matches(config, name)
         excluded += verdict is None
-        if verdict:
+        if verdict and isinstance(submodule(model, name.rpartition(".")[0]), nn.MultiheadAttention):
+            uncalled.append(name)
+        elif verdict:
             plan.lora.append(_target(model, config, name, module))
     plan.parameters = find_parameters(model, config, {t.name for t in plan.lora}, pattern_value)
+    _leave_out(uncalled, plan)
     if not plan.lora and not plan.parameters:
         raise NoMatchingPeftModuleError(nothing_found(model, config, names, excluded))
     _condense(config, names)
@@ -123,6 +129,18 @@ def find_targets(model, config):
         raise ValueError(f"trainable_token_indices: {sorted(clash)} named in target_parameters too; name it in one")
     warn_unused(model, config, names, plan, excluded)
     return plan
+
+
+def _leave_out(uncalled, plan):
+    """A warning of projections that attention reads without calling them, ValueError where there is no other target."""
+    if uncalled and not plan.lora and not plan.parameters:
+        raise ValueError(f"target_modules: '{uncalled[0]}' is used by nn.MultiheadAttention without being called")
+    if uncalled:
+        warnings.warn(
+            f"target_modules: {uncalled} get no adapter, which would take part in nothing: nn.MultiheadAttention uses "
+            "them without calling them; name the attention itself",
+            stacklevel=5,
+        )
 
 
 def _check_nesting(plan):
@@ -272,7 +290,7 @@ def pattern_value(patterns, name, default):
 def _target(model, config, name, module):
     base = module.get_base_layer() if isinstance(module, LoraLayer) else module
     kind = layer_class(base, config._custom_modules)
-    parent = submodule(model, name.rpartition(".")[0])
+    _check_mamba(model, name.rpartition(".")[2])
     if isinstance(module, AuxiliaryTrainingWrapper):
         how = "saved in full" if isinstance(module, ModulesToSaveWrapper) else "trained row by row"
         field_name = "modules_to_save" if isinstance(module, ModulesToSaveWrapper) else "trainable_token_indices"
@@ -285,11 +303,19 @@ def _target(model, config, name, module):
         )
     if layer_class(base) is None:
         warnings.warn(f"Unsupported layer type '{type(base)}' encountered, proceed at your own risk.", stacklevel=6)
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(f"target_modules: '{name}' is used by nn.MultiheadAttention without being called")
     r = pattern_value(config.rank_pattern, name, config.r)
     alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
     return Target(name, module, kind, r, alpha)
+
+
+def _check_mamba(model, name):
+    model_type = model_config(model).get("model_type") if name in _MAMBA_UNCALLED else None
+    if model_type in _MAMBA_TYPES:
+        raise ValueError(
+            f"[PEFT:LORA] Module '{name}' is incompatible with Mamba-based models (model_type='{model_type}'). "
+            f"Incompatible modules: {', '.join(_MAMBA_UNCALLED)}. Please remove it from `target_modules` to avoid "
+            "compatibility issues."
+        )
 
 
 def _tied_targets(model, config, names, ties, lora):

@@ -171,3 +171,45 @@ def test_exclusions_and_containers_are_refused_with_pefts_kind_of_error(config):
     ours, theirs = errors
     assert isinstance(ours, TypeError) == isinstance(theirs, TypeError)
     assert str(ours)[:40] == str(theirs)[:40]
+
+
+class WithAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x)[0])
+
+
+def test_all_linear_of_peft_with_an_attention_is_loaded_without_what_takes_no_part(tmp_path):
+    torch.manual_seed(0)
+    model, x = WithAttention().eval(), torch.randn(2, 3, 8)
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules="all-linear")).eval()
+    for name, parameter in theirs.named_parameters():  # the adapter of the projection is there, and nothing trains it
+        if "lora_" in name and "out_proj" not in name:
+            nn.init.normal_(parameter)
+    wanted = theirs(x)
+    wanted.sum().backward()
+    assert [name for name, p in theirs.named_parameters() if "out_proj.lora_" in name and p.grad is None]
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="nn.MultiheadAttention uses them without calling"):
+        ours = lk.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    torch.testing.assert_close(ours(x), wanted)
+    pool = lk.AdapterPool(copy.deepcopy(model), num_slots=1, max_rank=2)
+    pool.register("a", tmp_path)
+    with torch.no_grad(), pool.batch(["a", None]):
+        y = pool.model(x)
+    torch.testing.assert_close(y, torch.stack([wanted[0].detach(), model(x)[1]]))
+
+
+def test_what_mamba_reads_without_calling_is_refused_as_in_peft():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, state_size=4)
+    for package in (lk, peft):
+        with pytest.raises(ValueError, match="Module 'out_proj' is incompatible with Mamba-based models"):
+            package.get_peft_model(
+                transformers.MambaForCausalLM(config), package.LoraConfig(target_modules=["out_proj"])
+            )
+    get_peft_model(transformers.MambaForCausalLM(config), LoraConfig(target_modules=["in_proj"]))
