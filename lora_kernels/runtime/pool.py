@@ -30,6 +30,8 @@ class AdapterPool:
 
     Args:
         model: any module; the ``nn.Linear`` layers inside of it can carry adapters. Their inputs have the batch first.
+            Where it is flattened into tokens (2-D), each row counts equally many: adapters on a vision tower that
+            packs the patches of all images need images of one size.
         num_slots: adapters that can be resident at once.
         max_rank: largest rank that a slot holds.
         dtype: of the banks; None is each layer's own. float32 keeps float32 adapters unrounded on a

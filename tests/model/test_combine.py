@@ -167,3 +167,21 @@ def test_patterns_of_the_first_adapter_do_not_hide_the_layers_of_another():
     wanted = made(token_ids())
     made.set_adapter("new")
     torch.testing.assert_close(made(token_ids()), wanted)
+
+
+def test_an_svd_of_a_layer_narrower_than_the_rank_works_where_peft_fails():
+    ids = token_ids()
+    for package in (lk, peft):
+        config = package.LoraConfig(r=8, target_modules=["head"])  # 16 -> 5
+        made = package.get_peft_model(tiny(), config, "a")
+        made.add_adapter("b", config)
+        randomize(made).add_weighted_adapter(["a", "b"], [0.5, -0.4], "new", combination_type="svd")
+        parts = [updates(made, name)["base_model.model.head"] for name in "ab"]
+        expected = 0.5 * parts[0] - 0.4 * parts[1]
+        made.set_adapter("new")
+        if package is peft:
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                made(ids)
+            continue
+        torch.testing.assert_close(updates(made, "new")["base_model.model.head"], expected, rtol=1e-4, atol=1e-5)
+        assert made(ids).shape == (3, 4, 5)
