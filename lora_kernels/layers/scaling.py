@@ -53,10 +53,12 @@ class Scaling(dict):
     def _fill(self, name):
         key = scaling_buffer(name)
         buffer = self.buffers[key]
-        if buffer.dtype not in (torch.float32, torch.float64) or buffer.is_inference():
-            self.buffers[key] = _buffer(self[name], wide_dtype(buffer), buffer.device)
-        else:
+        usable = buffer.dtype in (torch.float32, torch.float64) and not buffer.is_inference()
+        # Graphs captured on a GPU read this very tensor. On a CPU it is left to the backward that may have saved it.
+        if usable and buffer.device.type != "cpu":
             buffer.fill_(self[name])
+        else:
+            self.buffers[key] = _buffer(self[name], wide_dtype(buffer), buffer.device)
 
 
 def _buffer(value, dtype, device):
