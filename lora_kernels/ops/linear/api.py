@@ -53,7 +53,8 @@ def lora_linear(
         x: (…, in_features); float32, float16 or bfloat16; float64 is computed by the reference.
         weight: (out_features, in_features), dtype of ``x``.
         bias: (out_features) or None, dtype of ``x``.
-        lora_a: (rank, in_features), dtype of ``x`` or float32; (slices, rank, in_features) with ``out_splits``.
+        lora_a: (rank, in_features), dtype of ``x`` (under autocast any) or float32; (slices, rank, in_features) with
+            ``out_splits``.
         lora_b: (out_features, rank), dtype of ``x`` or float32.
         scaling: float, or 0-d tensor (no recompile per value, changeable inside a CUDA graph).
         dropout_p: probability of dropping an element of ``x`` on the LoRA path, 0 <= p < 1.
@@ -69,6 +70,12 @@ def lora_linear(
     """
     try:
         x2, weight, bias, device_type = flat_and_cast(x, weight, bias)
+        if (
+            lora_a.dtype is not x2.dtype
+            and lora_a.dtype is not torch.float32
+            and autocast_dtype(device_type) is x2.dtype
+        ):
+            lora_a, lora_b = lora_a.to(x2.dtype), lora_b.to(x2.dtype)
         grad = torch.is_grad_enabled() and (
             x2.requires_grad
             or weight.requires_grad

@@ -14,12 +14,26 @@ def refuse_double_backward(name):
         raise RuntimeError(f"{name}: double backward (create_graph=True) is not supported")
 
 
+def _kept(ctx, x, *factors):
+    """``x`` for the backward; None where no factor, given by its place among the inputs, trains (as in LoRA-FA)."""
+    if torch.compiler.is_compiling():  # which finds out by itself
+        return x
+    return x if any(ctx.needs_input_grad[place] for place in factors) else None
+
+
+def _stand_in(dy, lora_a):
+    """In the place of an ``x`` that was not kept: its shape and dtype, nothing written."""
+    return dy.new_empty(dy.shape[0], lora_a.shape[-1])
+
+
 class LoraLinear(torch.autograd.Function):
     @classmethod
     def apply(cls, *args):
         """``Function.apply``, whose checks for functorch, in Python, cost as much as a tiny layer."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
             return super().apply(*args)
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError("lora_linear: the transforms of torch.func (grad, vmap, jvp, ...) are not supported")
         unwrap = torch._C._functorch.unwrap_if_dead  # tensors that outlived a transform
         x, weight, bias, lora_a, lora_b, *rest = args
         bias = bias if bias is None else unwrap(bias)
@@ -30,7 +44,8 @@ class LoraLinear(torch.autograd.Function):
         op = dispatch.select("lora_linear_train", x)
         invariant = dispatch.batch_invariant
         y, h, mask = op(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, out_splits, invariant)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, scaling, h, mask)
+        weight = weight if torch.compiler.is_compiling() or ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(_kept(ctx, x, 1, 3), weight, lora_a, lora_b, scaling, h, mask)
         ctx.dropout_p, ctx.out_splits, ctx.invariant = dropout_p, out_splits, invariant
         return y
 
@@ -41,6 +56,7 @@ class LoraLinear(torch.autograd.Function):
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         dx = da = db = None
         if need_x or need_a or need_b:
+            x = _stand_in(dy, lora_a) if x is None else x
             op = dispatch.select("lora_linear_backward", x)
             dx, da, db = op(
                 dy.contiguous(), x, weight, lora_a, lora_b, scaling, h, mask,
@@ -63,8 +79,8 @@ class LoraAdd(torch.autograd.Function):
         x2 = x.reshape(-1, x.shape[-1])
         h, mask = op(y.view(-1, y.shape[-1]), x2, lora_a, lora_b, scaling, dropout_p, seed, ctx.invariant)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x2, lora_a, lora_b, scaling, h, mask)
-        ctx.x_shape = x.shape
+        ctx.save_for_backward(_kept(ctx, x2, 2), lora_a, lora_b, scaling, h, mask)
+        ctx.x_shape, ctx.dtype = x.shape, x.dtype
         ctx.dropout_p = dropout_p
         return y
 
@@ -75,9 +91,11 @@ class LoraAdd(torch.autograd.Function):
         need_y, need_x, need_a, need_b = ctx.needs_input_grad[:4]
         dx = da = db = None
         if need_x or need_a or need_b:
+            dy2 = dy.reshape(-1, dy.shape[-1]).to(ctx.dtype).contiguous()
+            x = _stand_in(dy2, lora_a) if x is None else x
             op = dispatch.select("lora_linear_backward", x)
             dx, da, db = op(
-                dy.reshape(-1, dy.shape[-1]).to(x.dtype).contiguous(), x, None, lora_a, lora_b, scaling, h, mask,
+                dy2, x, None, lora_a, lora_b, scaling, h, mask,
                 ctx.dropout_p, None, need_x, need_a, need_b, ctx.invariant,
             )  # fmt: skip
         dx = dx.view(ctx.x_shape) if need_x else None
