@@ -10,6 +10,7 @@ import warnings
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from .. import bare
 from ..config import check_alpha, check_dropout, check_rank
@@ -48,6 +49,8 @@ class LoraLayer(AdapterChoice, MergedWeight, nn.Module):
         bare.start(self)
         if not (self.accepts(base_layer) or isinstance(base_layer, self.takes)):
             raise TypeError(f"base_layer: {type(self).__name__} does not take a {type(base_layer).__name__}")
+        if isinstance(base_layer, LazyModuleMixin) and base_layer.has_uninitialized_params():
+            raise ValueError(f"base_layer: a {type(base_layer).__name__} has no weight yet; run the model once before")
         # Straight into the dicts: nn.Module's way to set an attribute is most of what wrapping a layer costs.
         own = {
             "lora_dropout": bare.module_dict(),

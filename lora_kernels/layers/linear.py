@@ -3,7 +3,12 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from .. import bare, ops
 from ..ops.wide import wide
@@ -190,8 +195,10 @@ class LoraLinear(LoraLayer):
         if (dtype is not weight.dtype and dtype is not torch.float32) or b.dtype is not dtype:
             return None
         p = 0.0
+        dropout = modules["lora_dropout"]._modules[name]
+        if not _unhooked(dropout):
+            return None
         if self.training:
-            dropout = modules["lora_dropout"]._modules[name]
             if dropout.__class__ is _Dropout:
                 p = dropout.p if dropout.training else 0.0
             elif dropout.__class__ is not nn.Identity:
@@ -263,11 +270,14 @@ class LoraLinear(LoraLayer):
             dtype = torch.promote_types(dtype, x.dtype) if a._forward_pre_hooks else dtype
             return y + b(a(self._dropped(name, x).to(dtype))) * self._buffers[scaling_buffer(name)]
         dropout = self.lora_dropout[name]
-        if self.use_dora[name] or not (isinstance(dropout, _Dropout) and dropout.training):
+        if self.use_dora[name] or not (isinstance(dropout, _Dropout) and dropout.training and _unhooked(dropout)):
             return super().update_rows(name, x, y)
         return self._add(name, x, y, self._buffers[scaling_buffer(name)], dropout.p)
 
     def _add(self, name, x, y, scale, p=0.0):
+        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+            # Gradients of what is written in place are lost in export, and wrong in Dynamo where y is a view.
+            return y + self._update(name, F.dropout(x, p) if p else x) * scale
         if x.dtype != y.dtype and y.dtype != torch.float32:
             x = x.to(y.dtype)
         a, b = (f if f.dtype in (x.dtype, torch.float32) else f.float() for f in self._factors(name))
@@ -287,9 +297,7 @@ class LoraLinear(LoraLayer):
 
 def _read_only(factor):
     """Whether a factor's weight is all that counts: nothing happens when the module is called."""
-    return factor.__class__ is _Linear and not (
-        factor._forward_hooks or factor._forward_pre_hooks or factor._backward_hooks or factor._backward_pre_hooks
-    )
+    return factor.__class__ is _Linear and _unhooked(factor)
 
 
 def _unhooked(module):
@@ -301,5 +309,7 @@ def _unhooked(module):
         or module._backward_pre_hooks
         or _global_forward_hooks
         or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
         or "forward" in module.__dict__
     )
