@@ -178,13 +178,14 @@ class LoraLinear(LoraLayer):
         # parameter or a replaced module. Only the choice of adapter is kept (_reroute).
         single, modules = single or self._single, self._modules
         base = modules["base_layer"]
-        if single is None or base.__class__ is not _Linear or not _unhooked(base):
+        if single is None:
             return None
         name, scale = single
         if name in self.scaling.zeros:  # the base layer's own bits, which our kernels need not give
             return None
         a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-        if not (_read_only(a) and _read_only(b)):
+        dropout = modules["lora_dropout"]._modules[name]
+        if not (base.__class__ is a.__class__ is b.__class__ is _Linear and _unhooked(base, a, b, dropout)):
             return None
         a, b = a._parameters.get("weight"), b._parameters.get("weight")
         parameters = base._parameters
@@ -195,9 +196,6 @@ class LoraLinear(LoraLayer):
         if (dtype is not weight.dtype and dtype is not torch.float32) or b.dtype is not dtype:
             return None
         p = 0.0
-        dropout = modules["lora_dropout"]._modules[name]
-        if not _unhooked(dropout):
-            return None
         if self.training:
             if dropout.__class__ is _Dropout:
                 p = dropout.p if dropout.training else 0.0
@@ -300,16 +298,17 @@ def _read_only(factor):
     return factor.__class__ is _Linear and _unhooked(factor)
 
 
-def _unhooked(module):
-    """Whether calling the module is the same as calling its forward function."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _global_forward_hooks
-        or _global_forward_pre_hooks
-        or _global_backward_hooks
-        or _global_backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+def _unhooked(*modules):
+    """Whether nobody listens to the modules' own forward, or took its place (torch's graph transforms)."""
+    if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
+        return False
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return False
+    return True

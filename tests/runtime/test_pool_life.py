@@ -308,6 +308,9 @@ def test_a_sequence_before_the_batch_is_refused_also_where_its_length_is_a_multi
     with torch.no_grad(), pool.batch(["a"] * 3 + [None] * 3):
         y = pool.model(x)
     torch.testing.assert_close(y[2], expected(pool, x, 0)[2], rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), pool.batch(["a"]):  # six beams of the only row: whichever is first
+        y = pool.model(x[:, :1])
+    torch.testing.assert_close(y, expected(pool, x[:, :1], 0), rtol=1e-4, atol=1e-4)
 
 
 def test_experts_are_refused_as_their_rows_are_no_longer_those_of_the_batch():
