@@ -75,7 +75,7 @@ class Router(threading.local):
                 f"x: expected the {self.batch_size} rows that pool.batch names as its first dimension, got shape "
                 f"{tuple(x.shape)}; a layer whose input has no batch, or not first, can not be served"
             )
-        if x.dim() == 3 and 1 < self.batch_size == x.shape[1] != x.shape[0]:
+        if x.dim() == 3 and 1 < self.batch_size == x.shape[1] != x.shape[0] and num_tokens != self.batch_size:
             raise ValueError(
                 f"x: shape {tuple(x.shape)} can be a sequence first, then the {self.batch_size} rows that pool.batch "
                 f"names, or {x.shape[0]} rows of {self.batch_size} tokens; where the rows are first, name the adapter "
