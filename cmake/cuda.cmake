@@ -26,6 +26,11 @@ add_library(_ops_cuda MODULE ${cuda_sources})
 if("90a-real" IN_LIST CMAKE_CUDA_ARCHITECTURES)
   target_compile_definitions(_ops_cuda PRIVATE LK_HAVE_SM90A=1)
 endif()
+# A source takes minutes for all architectures: where cores would idle, one of them compiles each.
+cmake_host_system_information(RESULT cores QUERY NUMBER_OF_LOGICAL_CORES)
+if(cores GREATER_EQUAL 8 AND NOT DEFINED ENV{MAX_JOBS})
+  target_compile_options(_ops_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--threads=4>)
+endif()
 target_link_libraries(_ops_cuda PRIVATE lk_torch lk_torch_cuda_stub
   ${LK_TORCH_DIR}/lib/libtorch_cpu${CMAKE_SHARED_LIBRARY_SUFFIX})
 target_link_options(_ops_cuda PRIVATE -Wl,--exclude-libs,ALL)
