@@ -124,7 +124,8 @@ def test_bench_refuses_bad_numbers(capsys):
 
 @pytest.mark.parametrize("op", cases.OPS)
 def test_contenders_do_the_same_work(op, monkeypatch):
-    """Each contender of a case gives the same result, where it gives one that can be seen."""
+    """Each contender of a case gives the same result, where it gives one that can be seen; copy_ is a measure of
+    bandwidth alone."""
     monkeypatch.setitem(cases.SHAPES, "tiny", (24, 16))
     case = cases.Case(op, "4x4" if op == "overhead" else "tiny", 16, 4, "float32")
     with contenders(case) as runs:
@@ -132,7 +133,7 @@ def test_contenders_do_the_same_work(op, monkeypatch):
         results = {name: run() for name, run in runs.items()}
     if op in ("forward", "multi", "grouped"):
         # the weights are copies of one, so whose turn it is does not matter
-        for name in set(results) - {"base", "ours"}:
+        for name in set(results) - {"base", "ours", "copy_"}:
             torch.testing.assert_close(results[name], results["ours"])
 
 
