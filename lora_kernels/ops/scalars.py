@@ -10,7 +10,7 @@ def is_scaling(scaling, like):
     return (
         (scaling.dtype is torch.float32 or scaling.dtype is torch.float64 is like.dtype)
         and scaling.dim() == 0
-        and scaling.device == like.device
+        and ((scaling.is_cpu and like.is_cpu) or scaling.device == like.device)
         and not scaling.requires_grad
     )
 

@@ -23,7 +23,7 @@ def autocast_dtype(device_type):
 def flat_and_cast(x, weight, bias):
     """(x as a matrix, weight, bias, type of the device); in autocast's dtype where it is on."""
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    device_type = x.device.type
+    device_type = "cpu" if x.is_cpu else x.device.type  # a device is an object to make
     dtype = autocast_dtype(device_type)
     if dtype is not None and x.dtype is not torch.float64:
         x2, weight = x2.to(dtype), weight.to(dtype)
