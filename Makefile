@@ -50,7 +50,9 @@ build: $(READY)  ## set up the environment and compile the native parts
 
 test: $(READY)  ## run the tests (PYTEST_ARGS="-k merge" TEST_WORKERS=2)
 	$(call say,Running the tests)
-	$(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && echo "-n $(TEST_WORKERS) --dist worksteal") $(PYTEST_ARGS)
+	@# Workers share the cores: a thread that waits for another must not spin on one.
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} \
+	  $(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && echo "-n $(TEST_WORKERS) --dist worksteal") $(PYTEST_ARGS)
 
 demo: $(READY)  ## fine-tune, serve, switch and merge adapters on a real encoder (DEMO_ARGS="--device cuda")
 	$(call say,Running the demo)
