@@ -83,7 +83,8 @@ def lora_linear(
             or lora_b.requires_grad
             or (bias is not None and bias.requires_grad)
         )
-        if dispatch.check_first or device_type != "cpu" or torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if compiling or dispatch.check_first or device_type != "cpu":
             checks.linear(x2, weight, bias, lora_a, lora_b, out_splits)
         if scaling.__class__ is not torch.Tensor or not is_scaling(scaling, x2):
             scaling = scaling_tensor(scaling, x2)
@@ -92,7 +93,7 @@ def lora_linear(
         if grad or dropout_p != 0.0 or forward_ad._current_level >= 0:  # the function refuses tangents
             checks.dropout(dropout_p)
             seed = seed_tensor(dropout_seed, x2) if dropout_p else None
-            y = LoraLinear.apply(x2, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, out_splits)
+            y = LoraLinear.apply(compiling, x2, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, out_splits)
         else:
             native = dispatch.forced is None and x2.dtype is not torch.float64
             op = _linear if native else dispatch.select("lora_linear", x2)

@@ -1,6 +1,7 @@
 """Gradients of ``lora_linear`` and ``lora_add_``: one op forward, one op backward.
 
-Saved for backward: x, h (M, R) and one bit an element of dropout; neither dropout(x) nor x Aᵀ at full width.
+Saved for backward: x, h (M, R) and one bit an element of dropout; neither dropout(x) nor x Aᵀ at full width. x and the
+weight are saved where a gradient reads them (a compiler finds that out by itself).
 """
 
 import torch
@@ -14,38 +15,33 @@ def refuse_double_backward(name):
         raise RuntimeError(f"{name}: double backward (create_graph=True) is not supported")
 
 
-def _kept(ctx, x, *factors):
-    """``x`` for the backward; None where no factor, given by its place among the inputs, trains (as in LoRA-FA)."""
-    if torch.compiler.is_compiling():  # which finds out by itself
-        return x
-    return x if any(ctx.needs_input_grad[place] for place in factors) else None
-
-
-def _stand_in(dy, lora_a):
-    """In the place of an ``x`` that was not kept: its shape and dtype, nothing written."""
+def stand_in(dy, lora_a):
+    """In the place of an ``x`` that was not saved: its shape and dtype, nothing written."""
     return dy.new_empty(dy.shape[0], lora_a.shape[-1])
 
 
 class LoraLinear(torch.autograd.Function):
     @classmethod
-    def apply(cls, *args):
+    def apply(cls, compiling, *args):
         """``Function.apply``, whose checks for functorch, in Python, cost as much as a tiny layer."""
-        if torch.compiler.is_compiling():
-            return super().apply(*args)
+        if compiling:
+            return super().apply(compiling, *args)
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError("lora_linear: the transforms of torch.func (grad, vmap, jvp, ...) are not supported")
         unwrap = torch._C._functorch.unwrap_if_dead  # tensors that outlived a transform
         x, weight, bias, lora_a, lora_b, *rest = args
         bias = bias if bias is None else unwrap(bias)
-        return _apply(unwrap(x), unwrap(weight), bias, unwrap(lora_a), unwrap(lora_b), *rest)
+        return _apply(compiling, unwrap(x), unwrap(weight), bias, unwrap(lora_a), unwrap(lora_b), *rest)
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, out_splits):
+    def forward(ctx, compiling, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, out_splits):
         op = dispatch.select("lora_linear_train", x)
         invariant = dispatch.batch_invariant
         y, h, mask = op(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, out_splits, invariant)
-        weight = weight if torch.compiler.is_compiling() or ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(_kept(ctx, x, 1, 3), weight, lora_a, lora_b, scaling, h, mask)
+        needs = ctx.needs_input_grad
+        x = x if compiling or needs[2] or needs[4] else None  # not where A is frozen, as in LoRA-FA
+        weight = weight if compiling or needs[1] else None
+        ctx.save_for_backward(x, weight, lora_a, lora_b, scaling, h, mask)
         ctx.dropout_p, ctx.out_splits, ctx.invariant = dropout_p, out_splits, invariant
         return y
 
@@ -53,10 +49,10 @@ class LoraLinear(torch.autograd.Function):
     def backward(ctx, dy):
         refuse_double_backward("lora_linear")
         x, weight, lora_a, lora_b, scaling, h, mask = ctx.saved_tensors
-        need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[1:6]
         dx = da = db = None
         if need_x or need_a or need_b:
-            x = _stand_in(dy, lora_a) if x is None else x
+            x = stand_in(dy, lora_a) if x is None else x
             op = dispatch.select("lora_linear_backward", x)
             dx, da, db = op(
                 dy.contiguous(), x, weight, lora_a, lora_b, scaling, h, mask,
@@ -65,7 +61,7 @@ class LoraLinear(torch.autograd.Function):
         dw = dy.t() @ x if need_w else None
         dbias = dy.sum(0) if need_bias else None
         grads = (dx if need_x else None, dw, dbias, da if need_a else None, db if need_b else None)
-        return (*grads, None, None, None, None)
+        return (None, *grads, None, None, None, None)
 
 
 _apply = super(torch.autograd.Function, LoraLinear).apply
@@ -79,7 +75,8 @@ class LoraAdd(torch.autograd.Function):
         x2 = x.reshape(-1, x.shape[-1])
         h, mask = op(y.view(-1, y.shape[-1]), x2, lora_a, lora_b, scaling, dropout_p, seed, ctx.invariant)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(_kept(ctx, x2, 2), lora_a, lora_b, scaling, h, mask)
+        x2 = x2 if torch.compiler.is_compiling() or ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(x2, lora_a, lora_b, scaling, h, mask)
         ctx.x_shape, ctx.dtype = x.shape, x.dtype
         ctx.dropout_p = dropout_p
         return y
@@ -92,7 +89,7 @@ class LoraAdd(torch.autograd.Function):
         dx = da = db = None
         if need_x or need_a or need_b:
             dy2 = dy.reshape(-1, dy.shape[-1]).to(ctx.dtype).contiguous()
-            x = _stand_in(dy2, lora_a) if x is None else x
+            x = stand_in(dy2, lora_a) if x is None else x
             op = dispatch.select("lora_linear_backward", x)
             dx, da, db = op(
                 dy2, x, None, lora_a, lora_b, scaling, h, mask,
