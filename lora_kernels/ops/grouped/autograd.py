@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from .. import dispatch
-from ..linear.autograd import refuse_double_backward
+from ..linear.autograd import refuse_double_backward, stand_in
 
 
 class GroupedLoraLinear(torch.autograd.Function):
@@ -16,6 +16,10 @@ class GroupedLoraLinear(torch.autograd.Function):
         weights, biases, lora_a, lora_b, scalings = parts(tensors, count)
         ctx.invariant = dispatch.batch_invariant
         y, h = run(x, weights, biases, lora_a, lora_b, scalings, True)
+        compiling, needs = torch.compiler.is_compiling(), ctx.needs_input_grad
+        need_w, _, need_a, *_ = parts(needs[2:], count, len(biases) > 0)
+        x = x if compiling or any(need_w) or any(need_a) else None
+        weights = weights if compiling or needs[1] else [None] * count
         ctx.save_for_backward(x, *weights, *lora_a, *lora_b, *scalings, h)
         ctx.count, ctx.with_biases = count, len(biases) > 0  # torch 2.10 does not compile bool() of a list
         return tuple(y)
@@ -32,6 +36,10 @@ class GroupedLoraLinear(torch.autograd.Function):
         db = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in lora_b] if any(need_b) else []
         dx = None
         if need_x or da or db:
+            x = stand_in(dy[0], lora_a[0]) if x is None else x
+            if not need_x:  # of the weights the shape alone is read
+                shapes = zip(dy, lora_a, lora_b, strict=True)
+                weights = [grad.new_empty(()).expand(len(b), a.shape[1]) for grad, a, b in shapes]
             op = dispatch.select("grouped_lora_backward", x)
             dx = op(x, dy, weights, lora_a, lora_b, scalings, h, da, db, need_x, ctx.invariant)
         dw = [grad.t() @ x if need else None for grad, need in zip(dy, need_w, strict=True)]

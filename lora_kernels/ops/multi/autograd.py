@@ -11,10 +11,13 @@ class MultiLoraLinear(torch.autograd.Function):
     def forward(ctx, listed, x, weight, bias, slot_scalings, plan, out_splits, *adapters):
         from .api import run
 
-        rows = (plan.row_order, plan.segment_starts)
-        ctx.save_for_backward(x, weight, slot_scalings, *rows, *adapters)
+        y = run(listed, x, weight, bias, slot_scalings, plan, out_splits, adapters)
+        compiling, needs = torch.compiler.is_compiling(), ctx.needs_input_grad
+        x = x if compiling or needs[2] or any(needs[7:]) else None
+        weight = weight if compiling or needs[1] else None
+        ctx.save_for_backward(x, weight, slot_scalings, plan.row_order, plan.segment_starts, *adapters)
         ctx.listed, ctx.out_splits = listed, out_splits
-        return run(listed, x, weight, bias, slot_scalings, plan, out_splits, adapters)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
@@ -27,6 +30,7 @@ class MultiLoraLinear(torch.autograd.Function):
         grads_b = [_new_grad(tensor) for tensor in adapters[half:]] if need_b else []
         dx = None
         if need_x or need_a or need_b:
+            x = dy.new_empty(dy.shape[0], weight.shape[1]) if x is None else x  # of which the shape alone is read
             op = dispatch.select("multi_lora_backward", x)
             per_slot = list if ctx.listed else _unbind
             dx = op(
