@@ -273,9 +273,6 @@ class LoraLinear(LoraLayer):
         return self._add(name, x, y, self._buffers[scaling_buffer(name)], dropout.p)
 
     def _add(self, name, x, y, scale, p=0.0):
-        if torch.compiler.is_compiling() and torch.is_grad_enabled():
-            # Gradients of what is written in place are lost in export, and wrong in Dynamo where y is a view.
-            return y + self._update(name, F.dropout(x, p) if p else x) * scale
         if x.dtype != y.dtype and y.dtype != torch.float32:
             x = x.to(y.dtype)
         a, b = (f if f.dtype in (x.dtype, torch.float32) else f.float() for f in self._factors(name))

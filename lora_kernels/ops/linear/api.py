@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from .. import checks, dispatch, library
 from ..scalars import is_scaling, scaling_tensor, seed_tensor
-from .autograd import LoraAdd, LoraLinear
+from .autograd import LoraAdd, LoraLinear, LoraUpdate
 
 _linear = library.op("lora_linear")
 
@@ -58,7 +58,8 @@ def lora_linear(
         lora_b: (out_features, rank), dtype of ``x`` or float32.
         scaling: float, or 0-d tensor (no recompile per value, changeable inside a CUDA graph).
         dropout_p: probability of dropping an element of ``x`` on the LoRA path, 0 <= p < 1.
-        dropout_seed: 0-d int64 tensor; None draws one from torch's generator.
+        dropout_seed: 0-d int64 tensor; None draws one from torch's generator (inductor from its own, unless its
+            ``fallback_random`` is set).
         out_splits: widths of the slices of a stacked projection (Q, K, V); they add up to out_features.
         out: (…, out_features) tensor to write into; no gradients.
 
@@ -154,21 +155,27 @@ def lora_add_(y, x, lora_a, lora_b, scaling, *, dropout_p=0.0, dropout_seed=None
     _check_add(y, x, lora_a, lora_b)
     checks.dropout(dropout_p)
     scaling = scaling_tensor(scaling, x)
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("lora_add_: forward-mode differentiation is not supported")
+    seed = seed_tensor(dropout_seed, x) if dropout_p else None
+    grad = torch.is_grad_enabled() and (
+        y.requires_grad or x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
+    )
+    if grad and torch.compiler.is_compiling():
+        return y.add_(LoraUpdate.apply(x, lora_a, lora_b, scaling, dropout_p, seed))
     rows = _as_rows(y)
     if rows is None:
         contiguous = y.clone(memory_format=torch.contiguous_format)
-        return y.copy_(
-            lora_add_(contiguous, x, lora_a, lora_b, scaling, dropout_p=dropout_p, dropout_seed=dropout_seed)
-        )
-    if forward_ad._current_level >= 0:
-        raise RuntimeError("lora_add_: forward-mode differentiation is not supported")
-    if dropout_p or (
-        torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or lora_a.requires_grad or lora_b.requires_grad)
-    ):
-        seed = seed_tensor(dropout_seed, x) if dropout_p else None
+        return y.copy_(lora_add_(contiguous, x, lora_a, lora_b, scaling, dropout_p=dropout_p, dropout_seed=seed))
+    if grad:
         return LoraAdd.apply(y, x, lora_a, lora_b, scaling, dropout_p, seed)
-    op = dispatch.select("lora_add_", x)
-    op(rows, x.reshape(-1, x.shape[-1]), lora_a, lora_b, scaling, dispatch.batch_invariant)
+    x2 = x.reshape(-1, x.shape[-1])
+    if dropout_p:
+        op = dispatch.select("lora_add_train_", x)
+        op(rows, x2, lora_a, lora_b, scaling, dropout_p, seed, dispatch.batch_invariant)
+    else:
+        op = dispatch.select("lora_add_", x)
+        op(rows, x2, lora_a, lora_b, scaling, dispatch.batch_invariant)
     mark_written(y)
     return y
 

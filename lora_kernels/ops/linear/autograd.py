@@ -7,6 +7,7 @@ weight are saved where a gradient reads them (a compiler finds that out by itsel
 import torch
 
 from .. import dispatch
+from ..wide import wide_dtype
 
 
 def refuse_double_backward(name):
@@ -75,7 +76,7 @@ class LoraAdd(torch.autograd.Function):
         x2 = x.reshape(-1, x.shape[-1])
         h, mask = op(y.view(-1, y.shape[-1]), x2, lora_a, lora_b, scaling, dropout_p, seed, ctx.invariant)
         ctx.mark_dirty(y)
-        x2 = x2 if torch.compiler.is_compiling() or ctx.needs_input_grad[2] else None
+        x2 = x2 if ctx.needs_input_grad[2] else None
         ctx.save_for_backward(x2, lora_a, lora_b, scaling, h, mask)
         ctx.x_shape, ctx.dtype = x.shape, x.dtype
         ctx.dropout_p = dropout_p
@@ -84,16 +85,40 @@ class LoraAdd(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         refuse_double_backward("lora_add_")
-        x, lora_a, lora_b, scaling, h, mask = ctx.saved_tensors
-        need_y, need_x, need_a, need_b = ctx.needs_input_grad[:4]
-        dx = da = db = None
-        if need_x or need_a or need_b:
-            dy2 = dy.reshape(-1, dy.shape[-1]).to(ctx.dtype).contiguous()
-            x = stand_in(dy2, lora_a) if x is None else x
-            op = dispatch.select("lora_linear_backward", x)
-            dx, da, db = op(
-                dy2, x, None, lora_a, lora_b, scaling, h, mask,
-                ctx.dropout_p, None, need_x, need_a, need_b, ctx.invariant,
-            )  # fmt: skip
-        dx = dx.view(ctx.x_shape) if need_x else None
-        return dy if need_y else None, dx, da if need_a else None, db if need_b else None, None, None, None
+        need_y, *needs = ctx.needs_input_grad[:4]
+        return dy if need_y else None, *_of_update(ctx, dy, *needs), None, None, None
+
+
+class LoraUpdate(torch.autograd.Function):
+    """``s · (dropout(x) Aᵀ) Bᵀ`` in float32, for compilers, which trace no gradient of what a function writes."""
+
+    @staticmethod
+    def forward(ctx, x, lora_a, lora_b, scaling, dropout_p, seed):
+        op = dispatch.select("lora_add_train_", x)
+        ctx.invariant = dispatch.batch_invariant
+        x2 = x.reshape(-1, x.shape[-1])
+        update = x.new_zeros((x2.shape[0], lora_b.shape[0]), dtype=wide_dtype(x))
+        h, mask = op(update, x2, lora_a, lora_b, scaling, dropout_p, seed, ctx.invariant)
+        ctx.save_for_backward(x2, lora_a, lora_b, scaling, h, mask)
+        ctx.x_shape, ctx.dtype = x.shape, x.dtype
+        ctx.dropout_p = dropout_p
+        return update.view(*x.shape[:-1], lora_b.shape[0])
+
+    @staticmethod
+    def backward(ctx, dy):
+        return *_of_update(ctx, dy, *ctx.needs_input_grad[:3]), None, None, None
+
+
+def _of_update(ctx, dy, need_x, need_a, need_b):
+    """dX, dA, dB of ``s · (dropout(x) Aᵀ) Bᵀ``."""
+    x, lora_a, lora_b, scaling, h, mask = ctx.saved_tensors
+    if not (need_x or need_a or need_b):
+        return None, None, None
+    dy = dy.reshape(-1, dy.shape[-1]).to(ctx.dtype).contiguous()
+    x = stand_in(dy, lora_a) if x is None else x
+    op = dispatch.select("lora_linear_backward", x)
+    dx, da, db = op(
+        dy, x, None, lora_a, lora_b, scaling, h, mask,
+        ctx.dropout_p, None, need_x, need_a, need_b, ctx.invariant,
+    )  # fmt: skip
+    return dx.view(ctx.x_shape) if need_x else None, da if need_a else None, db if need_b else None
