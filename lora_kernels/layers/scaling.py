@@ -54,11 +54,21 @@ class Scaling(dict):
         key = scaling_buffer(name)
         buffer = self.buffers[key]
         usable = buffer.dtype in (torch.float32, torch.float64) and not buffer.is_inference()
-        # Graphs captured on a GPU read this very tensor. On a CPU it is left to the backward that may have saved it.
         if usable and buffer.device.type != "cpu":
-            buffer.fill_(self[name])
+            self.buffers[key] = overwritten(buffer, self[name])
         else:
             self.buffers[key] = _buffer(self[name], wide_dtype(buffer), buffer.device)
+
+
+def overwritten(buffer, value):
+    """Another tensor over the same memory, which graphs captured on a GPU read, with ``value`` in it.
+
+    ``buffer`` itself moves elsewhere with the value that it had: a backward may have saved it.
+    """
+    with torch.inference_mode(False):
+        same = buffer.data
+        buffer.data = same.clone()
+        return same.fill_(value)
 
 
 def _buffer(value, dtype, device):
