@@ -131,6 +131,12 @@ def pick(name, tensor):
     return HANDLES[name]
 
 
+def jit_traces():
+    """Whether ``torch.jit.trace`` records: ops without gradients then, as it can not save functions that have some, and
+    its own check, which runs without, has to find the same ops."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
 def _switch(variable):
     value = os.environ.get(variable) or "0"
     if value not in ("0", "1"):

@@ -197,6 +197,22 @@ def test_second_derivatives_and_function_transforms_are_refused():
                     call()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_is_traced_has_no_gradients():
+    found = []
+    for package in (peft, lk):
+        config = package.LoraConfig(target_modules=["0"], r=2)
+        model = package.get_peft_model(nn.Sequential(nn.Linear(8, 4)), config).base_model.model
+        y = torch.jit.trace(model, (torch.randn(3, 8),))(torch.randn(3, 8))
+        if package is peft:
+            y.sum().backward()
+        else:
+            with pytest.warns(UserWarning, match="lora_linear: an autograd kernel was not registered"):
+                y.sum().backward()
+        found.append(model[0].lora_B["default"].weight.grad is not None)
+    assert found == [True, False]
+
+
 def trained_of(model):
     """The adapters that have a parameter which trains."""
     return {name.split(".")[-2] for name, p in model.named_parameters() if "lora_" in name and p.requires_grad}

@@ -32,6 +32,7 @@ def lora_embedding(ids, weight, lora_a, lora_b, scaling, *, padding_idx=None):
     scaling = scaling_tensor(scaling, weight)
     flat = ids.reshape(-1).long()
     grad = torch.is_grad_enabled() and (lora_a.requires_grad or lora_b.requires_grad)
+    grad = grad and not dispatch.jit_traces()
     if grad or forward_ad._current_level >= 0:  # the function refuses tangents
         y = LoraEmbedding.apply(flat, weight.detach(), lora_a, lora_b, scaling, padding_idx)
     else:

@@ -3,8 +3,8 @@
 import torch
 from torch.autograd import forward_ad
 
-from .. import checks
-from ..linear.api import autocast_dtype
+from .. import checks, dispatch
+from ..linear.api import autocast_dtype, lora_linear
 from ..scalars import scaling_tensor
 from .autograd import GroupedLoraLinear, run
 
@@ -44,6 +44,9 @@ def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings):
             checks.same_dtype("lora_a", lora_a[i], lora_a[0])
             checks.same_dtype("lora_b", lora_b[i], lora_b[0])
     scalings = [scaling_tensor(scaling, x2, f"scalings[{i}]") for i, scaling in enumerate(scalings)]
+    if dispatch.jit_traces():  # which loses an op that writes to the tensors of a list
+        apart = zip(weights, biases, lora_a, lora_b, scalings, strict=True)
+        return tuple([lora_linear(x.to(x2.dtype), *projection) for projection in apart])
     if any(bias is None for bias in biases):  # a bias each, or none at all
         missing = all(bias is None for bias in biases)
         pairs = zip(biases, weights, strict=True)

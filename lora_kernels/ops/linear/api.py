@@ -85,6 +85,8 @@ def lora_linear(
             or (bias is not None and bias.requires_grad)
         )
         compiling = torch.compiler.is_compiling()
+        if grad and not compiling and torch._C._is_tracing():
+            grad = False  # see dispatch.jit_traces
         if compiling or dispatch.check_first or device_type != "cpu":
             checks.linear(x2, weight, bias, lora_a, lora_b, out_splits)
         if scaling.__class__ is not torch.Tensor or not is_scaling(scaling, x2):
@@ -161,6 +163,7 @@ def lora_add_(y, x, lora_a, lora_b, scaling, *, dropout_p=0.0, dropout_seed=None
     grad = torch.is_grad_enabled() and (
         y.requires_grad or x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
     )
+    grad = grad and not dispatch.jit_traces()
     if grad and torch.compiler.is_compiling():
         return y.add_(LoraUpdate.apply(x, lora_a, lora_b, scaling, dropout_p, seed))
     rows = _as_rows(y)

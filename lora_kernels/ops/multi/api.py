@@ -44,6 +44,7 @@ def multi_lora_linear(x, weight, bias, a_bank, b_bank, slot_scalings, plan, *, o
             or (bias is not None and bias.requires_grad)
             or any(tensor.requires_grad for tensor in adapters)
         )
+        grad = grad and not dispatch.jit_traces()
         if out is not None:
             checks.out(out, x.to(x2.dtype), weight)
             if grad:
