@@ -196,8 +196,12 @@ def _combine(layer, adapters, weights, recipe):
     """``A (rank, in), B (out, rank), bias`` of the combination in one layer, in float32 (float64 of float64)."""
     given = zip(adapters, weights, strict=True)
     mine = [(name, weight * layer.scaling[name]) for name, weight in given if name in layer.r]
-    if getattr(layer.get_base_layer(), "groups", 1) != 1:
-        raise ValueError("add_weighted_adapter: a convolution with groups can not be combined")
+    groups = getattr(layer.get_base_layer(), "groups", 1)
+    if groups != 1 and (recipe.kind not in MIXED or recipe.exact or any(layer.r[n] != recipe.rank for n, _ in mine)):
+        raise ValueError(
+            f"add_weighted_adapter: '{recipe.kind}' can not combine a convolution with groups, whose B reads the ranks "
+            f"of its own group; types that mix A and B apart can, where all ranks are alike: {', '.join(MIXED)}"
+        )
     pairs = [tuple(wide(f.detach().flatten(1)) for f in _pair(layer, name)) for name, _ in mine]
     scales = [weight for _, weight in mine]
     biases = [(layer.lora_B[n].bias, s) for n, s in mine if n in layer.lora_B and layer.lora_B[n].bias is not None]
@@ -218,8 +222,8 @@ def _combine(layer, adapters, weights, recipe):
         signed = [math.copysign(root, s) for root, s in zip(roots, scales, strict=True)]
         rank = max(a.shape[0] for a, _ in pairs)
         a = _mix(recipe.kind, [_padded(a, rank, 0) for a, _ in pairs], signed, recipe)
-        b = _mix(recipe.kind, [_padded(b, rank, 1) for _, b in pairs], roots, recipe)
-    return _padded(a, recipe.rank, 0), _padded(b, recipe.rank, 1), bias
+        b = _mix(recipe.kind, [_padded(b, rank // groups, 1) for _, b in pairs], roots, recipe)
+    return _padded(a, recipe.rank, 0), _padded(b, recipe.rank // groups, 1), bias
 
 
 def _padded(tensor, rank, dim):

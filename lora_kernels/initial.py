@@ -71,6 +71,12 @@ def _orthogonal(a, b):
     b.copy_(torch.randn(half, b.shape[0]).T.mm(q[1::2]) / 10.0)
 
 
+def rank_at_start(init, r, weight):
+    """The rank of an adapter's factors: what is taken from a weight has no more than the weight's smaller side."""
+    kind = init.lower() if isinstance(init, str) else init
+    return min(r, *weight.shape) if kind in ("pissa", "olora") else r
+
+
 def leading_part(matrix, r, scale, kind):
     """What PiSSA or OLoRA start from: ``a (r, in)`` and ``b (out, r)`` of ``matrix (out, in)``, in its dtype.
 
@@ -102,9 +108,8 @@ def _from_weight(layer, name, kind):
     r, scale = layer.r[name], layer.scaling[name]
     a, b = leading_part(matrix, r, scale, kind)
     rest = (matrix - scale * b @ a).to(weight.dtype)
-    if not layer.lora_A[name].weight.is_meta:
-        layer.lora_A[name].weight.data.copy_(a)
-        layer.lora_B[name].weight.data.copy_(b)
+    for factor, value in zip((layer.lora_A[name].weight, layer.lora_B[name].weight), (a, b), strict=True):
+        factor.data = value.to(factor, copy=True)
     parameter = layer.weight
     replaced, parameter.data = parameter.data, (rest.t() if stored_transposed else rest).contiguous()
     return replaced

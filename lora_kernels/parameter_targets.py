@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .initial import rank_at_start
 from .layers import AuxiliaryTrainingWrapper, LoraLayer, LoraParameter
 from .layers.parameter import chain, parameter_keys
 from .names import parts_of_layers
@@ -152,7 +153,7 @@ class Places:
                 name = outer + _BELOW * self.new[outer] + name.removeprefix(outer)
         return name
 
-    def shapes(self):
+    def shapes(self, init_lora_weights):
         """Key -> shape of the tensors of the adapter of each parameter."""
         shapes, seen = {}, collections.Counter()
         for target in self.parameters:
@@ -162,7 +163,9 @@ class Places:
             else:
                 depth = self.new[target.name] + target.around.index(target.layer)
             path = self.path(target.name) + _BELOW * depth
-            keys = parameter_keys(target.module, target.parameter, "", target.r)
+            weight = getattr(target.module, target.parameter)
+            rank = rank_at_start(init_lora_weights, target.r, weight) if weight.dim() == 2 else target.r
+            keys = parameter_keys(target.module, target.parameter, "", rank)
             shapes.update({f"{path}.{key}": shape for key, (_, shape) in keys.items()})
         return shapes
 

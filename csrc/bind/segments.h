@@ -162,6 +162,7 @@ inline int64_t read_adapters(Batch& batch, std::vector<TensorArg>& a, std::vecto
   const size_t slots = static_cast<size_t>(batch.num_slots);
   STD_TORCH_CHECK(a.size() == slots && b.size() == slots,
                   "lora_a, lora_b: expected one a slot of the plan");
+  bool mixed = false;  // of all slots: a row's bits must not depend on which others have rows
   for (size_t slot = 0; slot < slots; slot++) {
     TensorArg &ai = a[slot], &bi = b[slot];
     ai.read();
@@ -177,9 +178,9 @@ inline int64_t read_adapters(Batch& batch, std::vector<TensorArg>& a, std::vecto
                     "lora_b: expected (out_features, rank)");
     check_adapter_dtype(dtype_of(ai, "lora_a"), dtype, "lora_a");
     check_adapter_dtype(dtype_of(bi, "lora_b"), dtype, "lora_b");
+    mixed |= dtype_of(bi, "lora_b") != dtype_of(b[0], "lora_b");
   }
   int64_t most = 0;
-  bool mixed = false;
   for (Segment& segment : batch.segments) {
     TensorArg &ai = a[static_cast<size_t>(segment.slot)],
               &bi = b[static_cast<size_t>(segment.slot)];
@@ -195,7 +196,6 @@ inline int64_t read_adapters(Batch& batch, std::vector<TensorArg>& a, std::vecto
     segment.b_stride = R;
     segment.ranks.assign(static_cast<size_t>(S), R);
     most = R > most ? R : most;
-    mixed |= segment.b_dtype != batch.segments[0].b_dtype;
   }
   // The streaming kernel reads one dtype of B; widening is exact.
   for (Segment& segment : batch.segments) {

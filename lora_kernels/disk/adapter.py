@@ -264,6 +264,8 @@ def _finish(adapter, module):
     if module.a is None or module.b is None:
         return problems
     rank, module.scaling = rank_and_scaling(adapter.config, path)
+    if adapter.start and not (problems or module.is_embedding):
+        rank = min(rank, module.a.shape[1], module.b.shape[0])
     if not problems and module.a.shape[0] != rank:
         problems.append(f"{path}: expected rank {rank} (r or rank_pattern), got {module.a.shape[0]}")
     if module.magnitude is not None and not adapter.use_dora:

@@ -8,6 +8,7 @@ from collections import namedtuple
 import torch
 from torch import nn
 
+from ..initial import rank_at_start
 from ..layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer, TrainableTokensWrapper
 from ..names import EMBEDDING_NAMES, below
 from ..parameter_targets import Places
@@ -130,11 +131,13 @@ def adapter_keys(model, adapter_name):
 
 def expected_shapes(targets):
     """Key -> shape of the tensors that a checkpoint for these targets must hold."""
-    places, shapes = Places(targets.parameters), {}
+    places, shapes, init = Places(targets.parameters), {}, targets.config.init_lora_weights
     for target in targets.lora:
         base = target.module.base_layer if isinstance(target.module, LoraLayer) else target.module
         options = {"use_dora": targets.config.use_dora, "lora_bias": targets.config.lora_bias}
-        for key, (_, shape) in target.layer_class.checkpoint_keys(base, "", target.r, **options).items():
+        dense = "pissa" in target.layer_class.inits
+        rank = rank_at_start(target.start(init), target.r, base.weight) if dense else target.r
+        for key, (_, shape) in target.layer_class.checkpoint_keys(base, "", rank, **options).items():
             shapes[f"{PREFIX}{places.path(target.name)}.{key}"] = shape
     for name, module in targets.saved:
         module = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
@@ -145,7 +148,7 @@ def expected_shapes(targets):
         if target.tied_to is None:
             size = len(target.indices), below(target.module).weight.shape[1]
             shapes[f"{PREFIX}{places.path(target.name)}.{DELTA}"] = size
-    return shapes | {PREFIX + key: shape for key, shape in places.shapes().items()}
+    return shapes | {PREFIX + key: shape for key, shape in places.shapes(init).items()}
 
 
 def _embedding_keys(model, adapter_name, wanted, warn=True):

@@ -44,6 +44,9 @@ class LoraAttention(LoraLayer):
                 raise
             return getattr(self.base_layer, name)  # embed_dim, batch_first, in_proj_bias, …: others read them
 
+    def _get_name(self):
+        return "lora.MultiheadAttention"
+
     @property
     def out_proj(self):
         """The base projection, as it was before."""

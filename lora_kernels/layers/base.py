@@ -138,7 +138,9 @@ class LoraLayer(AdapterChoice, MergedWeight, nn.Module):
     def adapter_keys(self, adapter_name):
         """Of an adapter: key in a checkpoint -> (key in this layer, shape)."""
         options = {"use_dora": self.use_dora[adapter_name], "lora_bias": self.lora_bias[adapter_name]}
-        return self.checkpoint_keys(self.base_layer, adapter_name, self.r[adapter_name], **options)
+        # Below r where the factors were taken from a weight that is narrower.
+        rank = len(self.lora_A[adapter_name].weight) if adapter_name in self.lora_A else self.r[adapter_name]
+        return self.checkpoint_keys(self.base_layer, adapter_name, rank, **options)
 
     # Adding and removing
 

@@ -80,7 +80,8 @@ class LoraParameter(LoraLayer):
 
     def adapter_keys(self, adapter_name):
         """Of an adapter: key in a checkpoint -> (key in this layer, shape)."""
-        return parameter_keys(self.get_base_layer(), self.weight_name, adapter_name, self.r[adapter_name])
+        rank = len(self.lora_A[adapter_name].weight) // self.num_experts
+        return parameter_keys(self.get_base_layer(), self.weight_name, adapter_name, rank)
 
     # The parameter as matrices
 

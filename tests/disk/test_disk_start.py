@@ -49,6 +49,7 @@ CASES = {
         llama,
         {"target_modules": ["k_proj", "up_proj"], "r": 3, "rank_pattern": {"k_proj": 5}, "use_rslora": True},
     ),
+    "narrow": (llama, {"target_modules": ["k_proj"], "r": 30}),  # whose weight has 24 rows
     "conv1d": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "r": 4}),
 }
 
@@ -56,7 +57,8 @@ CASES = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("case", "init"), [("linear", "pissa"), ("linear", "olora"), ("patterns", "pissa"), ("conv1d", "pissa")]
+    ("case", "init"),
+    [("linear", "pissa"), ("linear", "olora"), ("patterns", "pissa"), ("narrow", "olora"), ("conv1d", "pissa")],
 )
 def test_the_merge_of_the_loaded_model(case, init, dtype, tmp_path):
     make, options = CASES[case]
@@ -76,7 +78,8 @@ def test_the_merge_of_the_loaded_model(case, init, dtype, tmp_path):
             assert torch.equal(tensor, before[name]), name
             continue
         a, b = (factors[f"{key}.lora_{kind}.weight"] for kind in "AB")
-        scale = options.get("lora_alpha", 8) / (len(a) ** 0.5 if options.get("use_rslora") else len(a))
+        rank = options["r"] if case == "narrow" else len(a)
+        scale = options.get("lora_alpha", 8) / (rank**0.5 if options.get("use_rslora") else rank)
         exact = exactly(before[name], a, b, scale, init, "fan_in_fan_out" in options)
         assert_within_budget(tensor, eager[name], exact, name)
         assert_within_budget(tensor, in_model[name], exact, name)

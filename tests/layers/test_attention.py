@@ -168,3 +168,11 @@ def test_what_can_not_be_leaves_the_model_as_it_was():
         y = ours(x())
         ours.merge_adapter()
         close(ours(x()), y.double())
+
+
+def test_the_status_of_the_layer_is_pefts():
+    ours, theirs = (
+        [vars(status) for status in package.get_peft_model(Model(), package.LoraConfig(**CONFIG)).get_layer_status()]
+        for package in (lk, peft)
+    )
+    assert ours == theirs

@@ -146,6 +146,28 @@ def test_loaded_pissa_and_olora_give_pefts_outputs_also_where_peft_fails(init, l
     assert torch.equal(plain[0].weight, weight)
 
 
+@pytest.mark.parametrize(("kind", "init"), [("linear", "pissa"), ("linear", "olora"), ("conv1d", "pissa")])
+@pytest.mark.parametrize("low", [False, True])
+def test_a_weight_narrower_than_the_rank_gives_factors_as_narrow(kind, init, low, tmp_path):
+    make, inputs = KINDS[kind]
+    config = {"target_modules": ["0"], "r": 10, "init_lora_weights": init, "fan_in_fan_out": kind == "conv1d"}
+
+    def base():
+        torch.manual_seed(1)
+        return make()
+
+    models = [module.get_peft_model(base(), module.LoraConfig(**config)).eval() for module in (lk, peft)]
+    ours, theirs = (model.state_dict() for model in models)
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+    assert ours["base_model.model.0.lora_A.default.weight"].shape == (9, 12)
+    close(out(models[0], inputs), out(models[1], inputs).double())
+    for model, other in zip(map(randomize, models), (peft, lk), strict=True):
+        model.save_pretrained(tmp_path)
+        low_too = {"low_cpu_mem_usage": low} if other is lk else {}  # DIFFERENCES: peft fails
+        loaded = other.PeftModel.from_pretrained(base(), str(tmp_path), **low_too).eval()
+        close(out(model, inputs), out(loaded, inputs).double())
+
+
 @pytest.mark.parametrize("init", ["olora", "pissa"])
 def test_a_stored_transposed_weight_starts_from_its_own_matrix(init):
     """Peft's OLoRA decomposes the stored (in, out) matrix as if it were (out, in), and fails."""

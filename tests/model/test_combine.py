@@ -185,3 +185,55 @@ def test_an_svd_of_a_layer_narrower_than_the_rank_works_where_peft_fails():
             continue
         torch.testing.assert_close(updates(made, "new")["base_model.model.head"], expected, rtol=1e-4, atol=1e-5)
         assert made(ids).shape == (3, 4, 5)
+
+
+def grouped(package):
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Conv1d(8, 6, 3, groups=2))
+    made = package.get_peft_model(base, package.LoraConfig(r=4, target_modules=["0"]), "a")
+    made.add_adapter("b", package.LoraConfig(r=4, target_modules=["0"]))
+    return randomize(made).eval()
+
+
+@pytest.mark.parametrize("scheme", ["linear", "ties", "magnitude_prune"])
+def test_convolutions_with_groups_are_mixed_as_in_peft(scheme):
+    outputs = []
+    for package in (lk, peft):
+        made = grouped(package)
+        made.add_weighted_adapter(["a", "b"], [0.5, -0.4], "new", combination_type=scheme, density=0.5)
+        made.set_adapter("new")
+        outputs.append(made(torch.ones(2, 8, 5)))
+    torch.testing.assert_close(*outputs)
+
+
+def test_ranks_of_convolutions_with_groups_are_not_put_side_by_side_where_peft_pairs_those_of_other_groups():
+    x = torch.ones(2, 8, 5)
+    for package in (lk, peft):
+        made = grouped(package)
+        with made.disable_adapter():
+            sums = made(x)
+        for name, weight in (("a", 0.5), ("b", -0.4)):
+            made.set_adapter(name)
+            with torch.no_grad():
+                parts = made(x)
+                with made.disable_adapter():
+                    sums = sums + weight * (parts - made(x))
+        if package is lk:
+            for scheme in ("cat", "svd"):
+                with pytest.raises(ValueError, match=f"'{scheme}' can not combine a convolution with groups"):
+                    made.add_weighted_adapter(["a", "b"], [0.5, -0.4], "new", combination_type=scheme)
+            assert list(made.peft_config) == ["a", "b"]
+            continue
+        made.add_weighted_adapter(["a", "b"], [0.5, -0.4], "new", combination_type="cat")
+        made.set_adapter("new")
+        assert (made(x) - sums).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_combining_adapters_that_started_from_the_weight_leaves_it_alone_where_peft_takes_a_part_out_of_it(init):
+    ours, theirs = (model(package, init_lora_weights=init, alpha=8) for package in (lk, peft))
+    for made in (ours, theirs):
+        weight = made.base_model.model.layers[0].v_proj.base_layer.weight
+        before = weight.detach().clone()
+        made.add_weighted_adapter(["b", "c"], [0.5, -0.4], "new", combination_type="linear")
+        assert torch.equal(weight, before) if made is ours else (weight - before).abs().max() > 0.01

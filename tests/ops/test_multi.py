@@ -163,6 +163,21 @@ def test_batch_invariant(backend, dtype):
                 assert torch.equal(single[0], y[row])
 
 
+@pytest.mark.parametrize("stored_by", ["rows", "columns"])
+def test_dtypes_of_the_adapters_of_other_rows_change_no_bit(backend, stored_by):
+    case = make_multi(16, 49, 95, 4, 2, torch.bfloat16)
+    weight = case.weight if stored_by == "rows" else case.weight.t().contiguous().t()
+    adapters = [case.a_bank[0], case.a_bank[1].float()], [case.b_bank[0], case.b_bank[1].float()]
+    slots = torch.tensor([0, 1] * 8)
+
+    def run(rows):
+        plan = plan_batch(slots[:rows], num_slots=2)
+        return multi_lora_linear(case.x[:rows], weight, None, *adapters, case.slot_scalings, plan)
+
+    with lk.use_backend(backend, batch_invariant=True):
+        assert torch.equal(run(16)[:1], run(1))
+
+
 @pytest.mark.parametrize("slices", [None, 2])
 def test_shrink_and_expand_are_the_two_halves(backend, slices):
     splits = None if slices is None else [30, 18]
