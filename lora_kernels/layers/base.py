@@ -135,10 +135,10 @@ class LoraLayer(AdapterChoice, MergedWeight, nn.Module):
     def _all_available_adapter_names(self):
         return sorted(self.r)
 
-    def adapter_keys(self, adapter_name):
-        """Of an adapter: key in a checkpoint -> (key in this layer, shape)."""
+    def adapter_keys(self, adapter_name, r=None):
+        """Of an adapter, or of one of rank ``r``: key in a checkpoint -> (key in this layer, shape)."""
         options = {"use_dora": self.use_dora[adapter_name], "lora_bias": self.lora_bias[adapter_name]}
-        return self.checkpoint_keys(self.base_layer, adapter_name, self.r[adapter_name], **options)
+        return self.checkpoint_keys(self.base_layer, adapter_name, r or self.r[adapter_name], **options)
 
     # Adding and removing
 
