@@ -119,7 +119,9 @@ class StoredModel:
         given = config
         config, tensors = read_adapter(model, model_id, config, device=torch_device, key_mapping=key_mapping, **source)
         config.inference_mode = not is_trainable
-        targets = find_targets(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to warn of is said when the model is wrapped
+            targets = find_targets(model, config)
         if has_others:
             check_takes_over(model, adapter_name, targets)
             if strict or ignore_mismatched_sizes:
