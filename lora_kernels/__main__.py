@@ -4,6 +4,8 @@ import importlib
 import os
 import sys
 
+from .ops import dispatch
+
 COMMANDS = {
     "env": (".env", "what was built, what runs, and why not the rest"),
     "check": (".check", "self-test of every op on every backend against float64"),
@@ -33,7 +35,8 @@ def main(argv=None):
 
 
 def console():
-    """:func:`main` for a shell: Ctrl-C and a reader that has gone (`| head`) end it without a traceback."""
+    """:func:`main` for a shell: Ctrl-C, a reader that has gone (`| head`) and a backend that the environment names and
+    that can not run here end it without a traceback."""
     try:
         code = main()
         sys.stdout.flush()
@@ -44,6 +47,11 @@ def console():
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
         return 141
+    except RuntimeError as error:
+        if str(error) != dispatch.refusal:
+            raise
+        print(f"lora_kernels: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

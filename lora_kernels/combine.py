@@ -14,6 +14,7 @@ import torch
 
 from .layers import LoraLayer, ModulesToSaveWrapper
 from .ops.wide import wide
+from .stored_ranks import config_of_layers
 from .targeting import find_targets
 
 MIXED = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -113,7 +114,7 @@ def _check(model, adapters, weights, kind, svd_rank, options):
     for name in adapters:
         if name not in model.peft_config:
             raise ValueError(f"Adapter {name} does not exist")
-    configs = [model.peft_config[name] for name in adapters]
+    configs = [config_of_layers(model, name) for name in adapters]
     if not configs:
         raise ValueError(f"Found no adapter matching the names in {adapters}")
     if len(weights) != len(adapters):

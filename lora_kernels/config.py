@@ -275,6 +275,8 @@ class LoraConfig:
                 f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}. "
                 f"{path}: got the keys {sorted(values)[:8]}"
             )
+        if values.get("init_lora_weights") == "eva":  # the start, which data chose: what was trained is plain LoRA
+            values = {**values, "init_lora_weights": True, "eva_config": None}
         try:
             known = {field.name for field in fields(cls)} - {"revision"}
             return cls.from_dict({**{key: value for key, value in kwargs.items() if key in known}, **values})

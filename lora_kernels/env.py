@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from . import _native, arguments
-from .ops import cuda_backend, cuda_choice, triton_backend
+from .ops import cuda_backend, cuda_choice, dispatch, triton_backend
 
 VARIABLES = {
     "LORA_KERNELS_BACKEND": ("auto", "backend of every op: auto, reference, cpu, triton, cuda"),
@@ -59,6 +59,7 @@ def report() -> str:
     for name, (default, meaning) in VARIABLES.items():
         value = facts["environment"][name]
         setting = f"= {value}" if value is not None else f"({default})"
+        meaning += f"; {dispatch.refusal}" if dispatch.refusal and name in dispatch.refusal else ""
         lines += textwrap.wrap(f"{name} {setting}: {meaning}", 78, initial_indent="  ", subsequent_indent=" " * 6)
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ from .io.conversion import without_initial
 from .io.source import read_adapter
 from .io.state_dict import expected_shapes, get_peft_model_state_dict, set_peft_model_state_dict
 from .layers.base import check_adapter_name
+from .stored_ranks import config_of_layers
 from .targeting import find_targets
 from .tuner import check_takes_over, has_adapters
 from .tuner_facts import base_name, warn_of_changed_base
@@ -59,7 +60,7 @@ class StoredModel:
         self.base_model._known(names)
         model = self.get_base_model()
         for name in names if is_main_process else ():
-            config = self.peft_config[name]
+            config = config_of_layers(self, name)
             tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
             if path_initial_model_for_weight_conversion is not None:
                 config, tensors = without_initial(config, tensors, path_initial_model_for_weight_conversion)
@@ -118,7 +119,9 @@ class StoredModel:
         given = config
         config, tensors = read_adapter(model, model_id, config, device=torch_device, key_mapping=key_mapping, **source)
         config.inference_mode = not is_trainable
-        targets = find_targets(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to warn of is said when the model is wrapped
+            targets = find_targets(model, config)
         if has_others:
             check_takes_over(model, adapter_name, targets)
             if strict or ignore_mismatched_sizes:

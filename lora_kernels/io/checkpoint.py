@@ -62,13 +62,19 @@ def load_file_of_tensors(path, device="cpu"):
     """The tensors in a file: safetensors, or a pickle (``.bin``, ``.pt``) read without running it. Raises as above."""
     try:
         if os.fspath(path).endswith(".safetensors"):
-            return load_file(path, device=str(device))
+            return with_keys_of_now(load_file(path, device=str(device)))
         tensors = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path}: not a readable file of tensors ({str(error).splitlines()[0]})") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise CheckpointError(f"{path}: expected a dict of tensors, got {type(tensors).__name__}")
-    return tensors
+    return with_keys_of_now(tensors)
+
+
+def with_keys_of_now(tensors):
+    """The magnitudes of DoRA are a parameter ``weight`` of a module in a model, and in files that some tools wrote."""
+    ending = ".lora_magnitude_vector.weight"
+    return {k.removesuffix(".weight") if k.endswith(ending) else k: tensor for k, tensor in tensors.items()}
 
 
 def check_tensors(tensors, required, optional=()):

@@ -13,7 +13,7 @@ from ..layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer, Trai
 from ..names import EMBEDDING_NAMES, below
 from ..parameter_targets import Places
 from ..walk import named_modules, submodule
-from .checkpoint import CheckpointError, check_tensors
+from .checkpoint import CheckpointError, check_tensors, with_keys_of_now
 from .layouts import for_adapter, is_foreign
 
 PREFIX = "base_model.model."
@@ -71,6 +71,7 @@ def set_peft_model_state_dict(
         CheckpointError: a tensor is missing, of the wrong shape or dtype, or not finite; with ``strict`` also
             when there are keys that the model does not know. The model is then unchanged.
     """
+    peft_model_state_dict = with_keys_of_now(peft_model_state_dict)
     required, optional = adapter_keys(model, adapter_name)
     if is_foreign(peft_model_state_dict, has_config=not required.keys().isdisjoint(peft_model_state_dict)):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -78,7 +79,11 @@ def set_peft_model_state_dict(
     optional = {**optional, **_embedding_keys(model, adapter_name, True, warn=False)}
     if not any(name.startswith(PREFIX) for name, _ in model.named_parameters()):
         peft_model_state_dict = {k.removeprefix(PREFIX): v for k, v in peft_model_state_dict.items()}
-    optional.update({key: key for key in peft_model_state_dict if key not in required and _is_base(model, key)})
+    own = {key: _base_key(model, key) for key in peft_model_state_dict if key not in required and key not in optional}
+    taken = {
+        key for key, target in own.items() if target != key and (target is None or target in peft_model_state_dict)
+    }
+    optional.update({key: target for key, target in own.items() if key not in taken})
     keys = {**optional, **required}
     shapes = {key: _tensor(model, target).shape for key, target in keys.items()}
     tensors = dict(peft_model_state_dict)
@@ -234,15 +239,22 @@ def _ties(model, adapter_name, keys, tensors):
     return kept
 
 
-def _is_base(model, key):
-    """Whether a key is that of a tensor of the base model: a bias that another adapter trained, say."""
+def _base_key(model, key):
+    """Where a tensor of the base model (a bias that another adapter trained, say) is in the model, or None.
+
+    Up to PEFT 0.6 a layer with adapters had the tensors of its base layer itself.
+    """
     path, _, name = key.rpartition(".")
     try:
         owner = submodule(model, path)
     except AttributeError:
-        return False
-    inside = re.search(r"\.(lora_\w+|modules_to_save|trainable_tokens_delta)\.", key)
-    return not inside and (owner._parameters.get(name) is not None or owner._buffers.get(name) is not None)
+        return None
+    if re.search(r"\.(lora_\w+|modules_to_save|trainable_tokens_delta)\.", key):
+        return None
+    while isinstance(owner, LoraLayer):
+        path, owner = f"{path}.base_layer", owner.base_layer
+    found = owner._parameters.get(name) is not None or owner._buffers.get(name) is not None
+    return f"{path}.{name}" if found else None
 
 
 def _tensor(model, key):

@@ -135,12 +135,12 @@ class LoraLayer(AdapterChoice, MergedWeight, nn.Module):
     def _all_available_adapter_names(self):
         return sorted(self.r)
 
-    def adapter_keys(self, adapter_name):
-        """Of an adapter: key in a checkpoint -> (key in this layer, shape)."""
+    def adapter_keys(self, adapter_name, r=None):
+        """Of an adapter, or of one of rank ``r``: key in a checkpoint -> (key in this layer, shape)."""
         options = {"use_dora": self.use_dora[adapter_name], "lora_bias": self.lora_bias[adapter_name]}
-        # Below r where the factors were taken from a weight that is narrower.
-        rank = len(self.lora_A[adapter_name].weight) if adapter_name in self.lora_A else self.r[adapter_name]
-        return self.checkpoint_keys(self.base_layer, adapter_name, rank, **options)
+        # Below its r where the factors were taken from a weight that is narrower.
+        live = len(self.lora_A[adapter_name].weight) if adapter_name in self.lora_A else self.r[adapter_name]
+        return self.checkpoint_keys(self.base_layer, adapter_name, r or live, **options)
 
     # Adding and removing
 

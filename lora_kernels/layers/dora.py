@@ -30,6 +30,12 @@ def add(layer, name, device, dtype):
     layer.lora_magnitude_vector[name] = Magnitude(norm)
 
 
+def restart(layer, name):
+    """The magnitudes of an adapter without an update as they are at its start: without effect, too."""
+    magnitude = layer.lora_magnitude_vector[name].weight
+    magnitude.copy_(_norm(layer, name).view_as(magnitude))
+
+
 def update_rows(layer, name, x, y):
     """``y`` with a DoRA adapter on top; its input is dropped out on both paths, as in PEFT."""
     bias = layer.base_layer.bias if layer.has_bias else None

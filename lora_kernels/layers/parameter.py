@@ -78,10 +78,10 @@ class LoraParameter(LoraLayer):
         self.lora_A[name] = nn.Linear(self.in_features, ranks, bias=False, device=device, dtype=dtype)
         self.lora_B[name] = nn.Linear(ranks, self.out_features, bias=False, device=device, dtype=dtype)
 
-    def adapter_keys(self, adapter_name):
-        """Of an adapter: key in a checkpoint -> (key in this layer, shape)."""
-        rank = len(self.lora_A[adapter_name].weight) // self.num_experts
-        return parameter_keys(self.get_base_layer(), self.weight_name, adapter_name, rank)
+    def adapter_keys(self, adapter_name, r=None):
+        """Of an adapter, or of one of rank ``r``: key in a checkpoint -> (key in this layer, shape)."""
+        live = len(self.lora_A[adapter_name].weight) // self.num_experts
+        return parameter_keys(self.get_base_layer(), self.weight_name, adapter_name, r or live)
 
     # The parameter as matrices
 

@@ -116,6 +116,8 @@ def select(name, tensor):
 
 def pick(name, tensor):
     """The callable of the forced backend (``forced`` is not None); it never falls back."""
+    if forced == refused_backend:
+        raise RuntimeError(refusal)
     if forced == "reference":
         return REFERENCE[name]
     if tensor.dtype is torch.float64:
@@ -152,7 +154,17 @@ def _interpret(name, *args):
     return triton_backend.kernels()[name](*args)
 
 
-_set(
-    _named(os.environ.get("LORA_KERNELS_BACKEND") or "auto", "LORA_KERNELS_BACKEND"),
-    _switch("LORA_KERNELS_BATCH_INVARIANT"),
-)
+def _from_environment():
+    """The settings that variables make. A backend that can not run here is kept: the first op raises, not the import,
+    so that ``python -m lora_kernels env`` can say why."""
+    global refused_backend, refusal
+    backend = os.environ.get("LORA_KERNELS_BACKEND") or "auto"
+    try:
+        backend = _named(backend, "LORA_KERNELS_BACKEND")
+    except RuntimeError as error:
+        refused_backend, refusal = backend, str(error)
+    _set(backend, _switch("LORA_KERNELS_BATCH_INVARIANT"))
+
+
+refused_backend = refusal = None  # what LORA_KERNELS_BACKEND names and can not run here, and why not
+_from_environment()

@@ -58,6 +58,7 @@ def explain():
     """
     setting = dispatch.forced or "auto"
     lines = [f"backend setting: {setting}; batch_invariant: {'on' if dispatch.batch_invariant else 'off'}"]
+    lines += [dispatch.refusal] if setting == dispatch.refused_backend else []
     lines.append(f"auto runs: cpu tensors on {_cpu_choice()}; cuda tensors on {_cuda_choice()}")
     for backend in dispatch.BACKENDS[1:]:
         reason = dispatch.unavailable(backend)

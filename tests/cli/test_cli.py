@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -191,6 +192,22 @@ def test_options_that_can_not_work_are_refused_before_anything_runs(argv, words,
 def test_report_of_the_environment_fits_a_terminal(capsys):
     assert main(["env"]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+@pytest.mark.skipif(dispatch.unavailable("cuda") is None, reason="there is a GPU")
+@pytest.mark.parametrize(("command", "code", "stream"), [("env", 0, "stdout"), ("tune", 1, "stderr")])
+def test_a_backend_that_the_environment_names_and_that_can_not_run_is_reported(command, code, stream):
+    program = (
+        "import sys; from lora_kernels import __main__ as cli; import lora_kernels as lk, torch\n"
+        "compute = lambda argv: lk.ops.merge_(*map(torch.ones, [(2, 2), (1, 2), (2, 1)]), 1.0)\n"
+        "import lora_kernels.tune; lora_kernels.tune.main = compute\n"
+        f"sys.argv = ['lora_kernels', '{command}']; sys.exit(cli.console())"
+    )
+    environment = {**os.environ, "LORA_KERNELS_BACKEND": "cuda"}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert run.returncode == code
+    assert "LORA_KERNELS_BACKEND: backend 'cuda' can not run here" in " ".join(getattr(run, stream).split())
+    assert "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])

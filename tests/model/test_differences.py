@@ -151,3 +151,27 @@ def test_scale_layer_reaches_embeddings():
     for layer in layers:
         layer.unscale_layer()
     assert [layer.scaling["a"] for layer in layers] == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("kind", ["parametrization", "weight_norm", "weight_norm of old"])
+def test_merging_into_a_weight_that_is_computed_is_refused_where_peft_loses_the_update(kind):
+    norms = {
+        "parametrization": torch.nn.utils.parametrizations.orthogonal,
+        "weight_norm": torch.nn.utils.parametrizations.weight_norm,
+        "weight_norm of old": torch.nn.utils.weight_norm,
+    }
+    for package in (peft, lk):
+        base = tiny()
+        base.layers[1].q_proj = norms[kind](base.layers[1].q_proj)
+        config = package.LoraConfig(target_modules=["q_proj"], r=4)
+        model = randomize(package.get_peft_model(base, config)).eval()
+        wanted, before = model(token_ids()), {k: t.clone() for k, t in model.state_dict().items()}
+        if package is peft:
+            model.merge_adapter()
+            assert (model(token_ids()) - wanted).abs().max() > 0.05
+            continue
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(ValueError, match=r"computed \(parametrized\) weight"):
+                merge()
+            assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+        torch.testing.assert_close(model(token_ids()), wanted)

@@ -194,8 +194,9 @@ def test_all_linear_of_peft_with_an_attention_is_loaded_without_what_takes_no_pa
     wanted.sum().backward()
     assert [name for name, p in theirs.named_parameters() if "out_proj.lora_" in name and p.grad is None]
     theirs.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="nn.MultiheadAttention uses them without calling"):
+    with pytest.warns(UserWarning, match="nn.MultiheadAttention uses them without calling") as caught:
         ours = lk.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    assert len(caught) == 1
     torch.testing.assert_close(ours(x), wanted)
     pool = lk.AdapterPool(copy.deepcopy(model), num_slots=1, max_rank=2)
     pool.register("a", tmp_path)
