@@ -20,10 +20,12 @@ def graph_of(run, calls):
     return graph
 
 
-def graphs_of(runs, calls):
-    """({name: graph}, {name: why there is none}) of :func:`graph_of`: one that can not be captured hides no other."""
+def graphs_of(runs, calls, at=lambda name: None):
+    """({name: graph}, {name: why there is none}) of :func:`graph_of`: one that can not be captured hides no other.
+    ``at`` is told each name first."""
     graphs, absent = {}, {}
     for name, run in runs.items():
+        at(name)
         try:
             graphs[name] = graph_of(run, calls)
         except Exception as error:
@@ -40,7 +42,7 @@ def _seconds(run):
     return start.elapsed_time(end) / 1000
 
 
-def interleaved(runs, calls, *, graphs=True, seconds=0.3, min_rounds=5):
+def interleaved(runs, calls, *, graphs=True, seconds=0.3, min_rounds=5, at=lambda name: None):
     """{name: seconds a call, the median of the rounds}.
 
     Args:
@@ -49,6 +51,7 @@ def interleaved(runs, calls, *, graphs=True, seconds=0.3, min_rounds=5):
         calls: calls in a row in each round: at least as many as there are copies of the weight.
         graphs: time the replay of a CUDA graph of these calls instead of the calls themselves.
         seconds: time for all contenders together.
+        at: is told the name of each contender before its turn.
     """
 
     def round_of(run):
@@ -59,12 +62,14 @@ def interleaved(runs, calls, *, graphs=True, seconds=0.3, min_rounds=5):
         return run.replay
 
     rounds_of = {name: round_of(run) for name, run in runs.items()}
-    for run in rounds_of.values():
+    for name, run in rounds_of.items():
+        at(name)
         run()
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
     times, order, spent = {name: [] for name in runs}, list(rounds_of.items()), 0.0
     while spent < seconds or len(times[order[0][0]]) < min_rounds:
         for name, run in order:
+            at(name)
             times[name].append(_seconds(run) / calls)
             spent += times[name][-1] * calls
         order.append(order.pop(0))

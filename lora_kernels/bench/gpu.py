@@ -3,8 +3,9 @@
 Ours on each GPU backend against the base alone (cuBLAS), in-place addmm_, PEFT and published kernels, eager and in
 CUDA graphs. Weights rotate over copies larger than the L2 cache. The base product is timed through cuBLAS and through
 cuBLASLt where the microseconds of choosing one do not count; the faster is what all are compared with. A part writes
-FOLDER/PART.json after each case, and a part that was cut short goes on after the last one; ``report`` prints all parts
-that are there, with the limit beside each ratio, and the bounds of gpu_bounds.py.
+FOLDER/PART.json after each case, and a part that was cut short goes on after the last one; a contender that hangs or
+takes the GPU with it is left out by name (watched.py). ``report`` prints all parts that are there, with the limit
+beside each ratio, and the bounds of gpu_bounds.py.
 """
 
 import argparse
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from ..ops import cuda_choice, dispatch, triton_backend
-from . import gpu_bounds, published
+from ..ops import cuda_choice, dispatch, proof, triton_backend
+from . import gpu_bounds, published, watched
 from .cases import Case
 from .contenders import contenders
 from .cuda_timing import graphs_of, interleaved
@@ -67,6 +68,8 @@ NEEDS = {
 LEFT_OUT_OF_GRAPHS = ("peft",)  # its Python is what a user pays, and a graph would hide it
 EAGER_ONLY = ("train", "exact", "switch_exact")  # autograd; residuals whose size the data decides
 CUDA_ONLY = ("gemm",)  # Triton's kernels are made for an adapter
+# Seconds without an answer after which a contender has hung: the first call compiles its kernels.
+PATIENCE = 40
 
 
 def _under(backend, run):
@@ -111,8 +114,18 @@ def runs_of(case, made):
     return runs, absent
 
 
-def measure(case, seconds):
-    """{"eager": {name: seconds}, "graph": {...}, "absent": {name: why}} of a case."""
+def measure(case, seconds, notes):
+    """{"eager": {name: seconds}, "graph": {...}, "absent": {name: why}} of a case, ``notes`` being kept of it."""
+
+    def item(name):
+        return f"{case.name}, {name}"
+
+    def at(name):
+        notes.at(item(name))
+
+    if item("its tensors") in notes.lost:
+        return {"eager": {}, "graph": {}, "absent": {item("its tensors"): notes.lost[item("its tensors")]}}
+    at("its tensors")
     with contenders(case, "cuda") as made:
         runs, absent = runs_of(case, made)
         more, missing = published.contenders(case)
@@ -121,21 +134,32 @@ def measure(case, seconds):
             runs["base cublaslt"] = _through("cublaslt", made["base"])
         found = {"eager": {}, "graph": {}, "absent": absent}
         for name, run in list(runs.items()):
+            if item(name) in notes.lost:
+                absent[item(name)] = notes.lost[item(name)]
+                del runs[name]
+                continue
+            at(name)
             try:
                 run()
                 torch.cuda.synchronize()
             except Exception as error:  # one contender that can not run must not hide the others
+                notes.leave_if_lost(error)
                 absent[name] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
                 del runs[name]
         graphed = case.op not in EAGER_ONLY
         eager = {name: run for name, run in runs.items() if not graphed or name != "base cublaslt"}
-        found["eager"] = interleaved(eager, 8, graphs=False, seconds=seconds)
+        found["eager"] = interleaved(eager, 8, graphs=False, seconds=seconds, at=at) if eager else {}
         if graphed:
             kept = {name: run for name, run in runs.items() if name not in LEFT_OUT_OF_GRAPHS}
-            graphs, missing = graphs_of(kept, 8)
+            graphs, missing = graphs_of(kept, 8, at)
             absent.update(missing)
-            found["graph"] = interleaved(graphs, 8, seconds=seconds) if graphs else {}
+            found["graph"] = interleaved(graphs, 8, seconds=seconds, at=at) if graphs else {}
     return found
+
+
+def _stack(told):
+    """The facts under which one result may stand beside another."""
+    return {name: told[name] for name in ("commit", "kernels", "gpus", "versions", "backends")}
 
 
 def _measured(path, told):
@@ -143,20 +167,28 @@ def _measured(path, told):
     if not path.is_file():
         return []
     found = json.loads(path.read_text())
-    alike = all(found["facts"].get(name) == told[name] for name in ("commit", "gpus", "versions", "backends"))
+    alike = all(found["facts"].get(name) == value for name, value in _stack(told).items())
     return found["results"] if alike else []
+
+
+def _notes_of(folder, part):
+    return folder / f"{part}.notes"
 
 
 def run_part(name, folder, seconds):
     """Measures what of a part its file does not hold yet, and writes the file after each case."""
-    told, path = facts(), folder / f"{name}.json"
+    # Beside the commit: a copy of a checkout has none.
+    told, path = facts() | {"kernels": proof.stack()["kernels"]}, folder / f"{name}.json"
     results = _measured(path, told)
     known = {result["name"] for result in results}
     folder.mkdir(parents=True, exist_ok=True)
+    notes = watched.Notes(_notes_of(folder, name))
+    notes.under(_stack(told))
     for case in PARTS[name]:
         if case.name in known:
             continue
-        found = measure(case, seconds)
+        found = measure(case, seconds, notes)
+        notes.at(None)
         results.append({"case": dataclasses.asdict(case), "name": case.name, "limit": case.limit, **found})
         print("\n".join(lines(results[-1])), flush=True)
         partial = folder / f"{name}.partial"
@@ -202,6 +234,7 @@ def main(argv=None):
     parser.add_argument("part", choices=(*PARTS, "report"))
     parser.add_argument("--out", type=Path, required=True, help="folder of the parts' files")
     parser.add_argument("--seconds", type=float, default=0.3, help="for each case and mode")
+    parser.add_argument("--here", action="store_true", help="in this process, which may hang or die")
     args = parser.parse_args(argv)
     if args.part == "report":
         print(report(args.out))
@@ -209,8 +242,13 @@ def main(argv=None):
     if not torch.cuda.is_available():
         print("lora_kernels.bench.gpu: torch finds no CUDA device", file=sys.stderr)
         return 2
-    run_part(args.part, args.out, args.seconds)
-    return 0
+    if args.here:
+        run_part(args.part, args.out, args.seconds)
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    words = ["-m", __spec__.name, args.part, "--out", str(args.out), "--seconds", str(args.seconds), "--here"]
+    notes = _notes_of(args.out, args.part)
+    return watched.run([sys.executable, *words], notes, PATIENCE) or int(bool(watched.Notes(notes).lost))
 
 
 if __name__ == "__main__":

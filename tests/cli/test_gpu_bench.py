@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from lora_kernels.bench import cuda_timing, gpu, gpu_bounds, published
+from lora_kernels.bench import cuda_timing, gpu, gpu_bounds, published, watched
 from lora_kernels.bench.cases import GPU_OPS, Case
 from lora_kernels.bench.contenders import contenders
 from lora_kernels.ops import dispatch, library
@@ -67,7 +67,7 @@ def test_the_report_has_ratios_and_limits(tmp_path, monkeypatch):
     times = {"base": 1e-5, "addmm_": 1.2e-5, "ours triton": 1.1e-5}
     better = times | {"base cublaslt": 8e-6}
     found = {"eager": times, "graph": better, "absent": {"ours cuda": "not built"}}
-    monkeypatch.setattr(gpu, "measure", lambda case, seconds: found)
+    monkeypatch.setattr(gpu, "measure", lambda case, seconds, notes: found)
     monkeypatch.setattr(gpu, "facts", lambda: FACTS)
     gpu.run_part("decode", tmp_path, 0.1)
     text = gpu.report(tmp_path)
@@ -84,7 +84,7 @@ def test_a_part_that_was_cut_short_goes_on(tmp_path, monkeypatch):
     """It keeps the cases that it measured, unless the code or the machine is another by then."""
     begun = []
 
-    def measure(case, seconds):
+    def measure(case, seconds, notes):
         begun.append(case.name)
         if len(begun) == 3:
             raise KeyboardInterrupt
@@ -104,6 +104,55 @@ def test_a_part_that_was_cut_short_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "facts", lambda: FACTS | {"commit": "def"})
     gpu.run_part("decode", tmp_path, 0.1)
     assert begun == names[:3] + names[2:] + names
+
+
+# The benchmark as it is, of a contender that takes the process with it, with the CPU in the GPU's place.
+_BROKEN = """
+import contextlib, os, sys, torch
+from lora_kernels.bench import gpu
+
+def interleaved(runs, calls, at, **options):
+    for name, run in runs.items():
+        at(name)
+        run()
+    return dict.fromkeys(runs, 1.0)
+
+made = {"base": int, "ours cuda": os.abort, "ours triton": int, "addmm_": int}
+gpu.contenders = lambda case, device: contextlib.nullcontext(made)
+gpu.runs_of = lambda case, made: (dict(made), {})
+gpu.published.contenders = lambda case: ({}, {})
+gpu.graphs_of = lambda runs, calls, at: (runs, {})
+gpu.interleaved, gpu._through = interleaved, lambda library, run: run
+gpu.facts = lambda: {"gpus": [{"name": "none"}], "commit": None, "versions": {}, "backends": {}}
+gpu.PARTS = {"decode": gpu.PARTS["decode"][:1]}
+torch.cuda.synchronize, torch.cuda.is_available = int, lambda: True
+gpu.main(sys.argv[1:])
+"""
+
+
+def test_a_contender_that_ends_the_process_is_left_out_by_name(tmp_path):
+    notes = tmp_path / "decode.notes"
+    command = [sys.executable, "-c", _BROKEN, "decode", "--out", str(tmp_path), "--here"]
+    assert watched.run(command, notes, patience=60) == 0
+    (result,) = json.loads((tmp_path / "decode.json").read_text())["results"]
+    case = result["name"]
+    assert result["graph"].keys() == {"base", "ours triton", "addmm_", "base cublaslt"}
+    assert result["absent"] == {f"{case}, ours cuda": "the process ended with -6"}
+    assert f"not timed: {case}, ours cuda: the process ended with -6" in gpu.report(tmp_path)
+
+
+def test_the_command_watches_over_a_process_that_measures(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(watched, "run", lambda command, notes, patience: ran.append((command, notes)) or 0)
+    assert gpu.main(["decode", "--out", str(tmp_path)]) == 0
+    ((command, notes),) = ran
+    assert command[1:5] == ["-m", "lora_kernels.bench.gpu", "decode", "--out"]
+    assert command[5:] == [str(tmp_path), "--seconds", "0.3", "--here"]
+    lost = watched.Notes(notes)
+    lost.lost["one"] = "no answer in 40 s"
+    lost.write()
+    assert gpu.main(["decode", "--out", str(tmp_path)]) == 1
 
 
 def test_one_graph_that_can_not_be_captured_hides_no_other(monkeypatch):
@@ -140,7 +189,7 @@ def test_the_library_of_the_base_is_chosen_for_the_call_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("built", [True, False])
-def test_the_base_has_the_better_of_two_libraries_where_choosing_is_not_timed(built, monkeypatch):
+def test_the_base_has_the_better_of_two_libraries_where_choosing_is_not_timed(built, tmp_path, monkeypatch):
     def through(library, run):
         return run if built else lambda: 1 / 0
 
@@ -148,11 +197,11 @@ def test_the_base_has_the_better_of_two_libraries_where_choosing_is_not_timed(bu
     monkeypatch.setattr(gpu, "runs_of", lambda case, made: (dict(made), {}))
     monkeypatch.setattr(gpu.published, "contenders", lambda case: ({}, {}))
     monkeypatch.setattr(gpu, "interleaved", lambda runs, calls, **options: dict.fromkeys(runs, 1.0))
-    monkeypatch.setattr(gpu, "graphs_of", lambda runs, calls: (runs, {}))
+    monkeypatch.setattr(gpu, "graphs_of", lambda runs, calls, at: (runs, {}))
     monkeypatch.setattr(gpu, "_through", through)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     for part, graph, eager in (("decode", built, False), ("train", False, built), ("merge", False, False)):
-        found = gpu.measure(gpu.PARTS[part][0], 0.1)
+        found = gpu.measure(gpu.PARTS[part][0], 0.1, watched.Notes(tmp_path / f"{part}.notes"))
         assert ("base cublaslt" in found["graph"], "base cublaslt" in found["eager"]) == (graph, eager)
         assert ("base cublaslt" in found["absent"]) == (not built and part != "merge")
 
@@ -184,6 +233,9 @@ def test_what_became_of_the_bounds():
     assert last == f"{counts[0]} met, {counts[1]} missed, 0 not measured"
     *lines, last = gpu_bounds.lines({})
     assert not lines
+    # What they are compared with may have been lost.
+    results = {name: result | {"eager": {"ours cuda": 1.0, "ours triton": 1.0}} for name, result in results.items()}
+    assert list(gpu_bounds.lines(results)) == [f"0 met, 0 missed, {sum(counts)} not measured"]
     assert last.startswith("0 met, 0 missed, ")
 
 
