@@ -1,5 +1,7 @@
 """Every bad argument is named, with what was expected and what came, and nothing is written."""
 
+import re
+
 import pytest
 import torch
 
@@ -81,6 +83,30 @@ def test_out_may_not_alias_an_input():
         with pytest.raises(ValueError, match="out: shares memory with x"):
             lora_linear(x, *case.args()[1:], out=out)
         assert torch.equal(frame, before)
+
+
+def test_out_may_not_alias_a_scaling():
+    case = make_linear(4, 24, 24, 4)
+    out = torch.randn(4, 24)
+    with pytest.raises(ValueError, match="out: shares memory with scaling"):
+        lora_linear(*case.args()[:5], out[2, 3], out=out)
+
+
+@pytest.mark.parametrize("name", ["a_bank", "b_bank", "lora_a[1]", "lora_b[1]", "slot_scalings"])
+def test_out_of_several_adapters_may_not_alias_one(backend, name):
+    case = make_multi(8, 8, 8, 8, 2)
+    plan = plan_batch([0, 1, -1, 0] * 2, num_slots=2)
+    if name == "slot_scalings":
+        out = case.x.clone()
+        case.slot_scalings = out[0, :2]
+    else:
+        out = (case.a_bank if name in ("a_bank", "lora_a[1]") else case.b_bank)[1]
+    banks = [case.a_bank, case.b_bank]
+    banks = [list(bank) for bank in banks] if name.startswith("lora") else banks
+    before = out.clone()
+    with pytest.raises(ValueError, match=re.escape(f"out: shares memory with {name}")):
+        multi_lora_linear(case.x, case.weight, case.bias, *banks, case.slot_scalings, plan, out=out)
+    assert torch.equal(out, before)
 
 
 def test_lora_add():

@@ -83,6 +83,34 @@ def test_deterministic_and_batch_invariant(backend, dtype, adapter_dtype, batch_
                 assert torch.equal(part, y[rows])
 
 
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
+def test_batch_invariant_rows_of_training(backend, dtype, adapter_dtype):
+    """Its forward has the bits of inference, whatever else is in the batch, and so have the rows of dX."""
+    case = make_linear(37, 137, 97, 33, dtype, adapter_dtype)
+    case.lora_a.requires_grad_()
+    seed = torch.tensor(3)
+
+    def rows(part):
+        x = case.x[part].clone().requires_grad_()
+        y = lora_linear(x, *case.args()[1:])
+        base = torch.ones_like(y)
+        return y.detach(), torch.autograd.grad(y, x, base)[0], lora_add_(base, x, *case.args()[3:]).detach()
+
+    with lk.use_backend(backend, batch_invariant=True):
+        together = rows(slice(None))
+        with torch.no_grad():
+            assert torch.equal(together[0], lora_linear(*case.args()))
+            assert torch.equal(together[2], lora_add_(torch.ones_like(together[0]), case.x, *case.args()[3:]))
+        for row in (0, 17, 36):
+            for alone, whole in zip(rows(slice(row, row + 1)), together, strict=True):
+                assert torch.equal(alone[0], whole[row])
+        dropped = lora_linear(*case.args(), dropout_p=0.5, dropout_seed=seed).detach()
+        keep = unpack_mask(dropout_mask(seed, *case.x.shape, 0.5), case.x.shape[1]) * 2
+        check(case, dropped, keep=keep)
+        first = lora_linear(case.x[:1], *case.args()[1:], dropout_p=0.5, dropout_seed=seed).detach()
+        assert torch.equal(first[0], dropped[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts(backend, dtype):
     case = make_linear(24, 64, 48, 8, dtype)

@@ -48,7 +48,8 @@ def multi_lora_linear(x, weight, bias, a_bank, b_bank, slot_scalings, plan, *, o
             checks.out(out, x.to(x2.dtype), weight)
             if grad:
                 raise ValueError("out: can not be combined with gradients; call under torch.no_grad()")
-            checks.in_place("out", out, x=x2, weight=weight, bias=bias)
+            banks = _by_name(a_bank, b_bank, listed)
+            checks.in_place("out", out, x=x2, weight=weight, bias=bias, slot_scalings=slot_scalings, **banks)
         if grad or forward_ad._current_level >= 0:  # the function refuses tangents
             if not listed and plan.slot_ranks is not None:
                 adapters = live_part(a_bank, b_bank, plan.slot_ranks, out_splits)
@@ -60,6 +61,14 @@ def multi_lora_linear(x, weight, bias, a_bank, b_bank, slot_scalings, plan, *, o
         raise
     y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
     return y if out is None else out.copy_(y)
+
+
+def _by_name(a_bank, b_bank, listed):
+    """The tensors of the adapters by the names that errors call them."""
+    if not listed:
+        return {"a_bank": a_bank, "b_bank": b_bank}
+    slots = enumerate(zip(a_bank, b_bank, strict=True))
+    return {f"{name}[{slot}]": tensor for slot, pair in slots for name, tensor in zip(("lora_a", "lora_b"), pair)}
 
 
 def _agree(x, a_bank, b_bank, slot_scalings, plan, listed):
