@@ -1,5 +1,6 @@
 """Every bad argument is named, with what was expected and what came, and nothing is written."""
 
+import dataclasses
 import re
 
 import pytest
@@ -129,7 +130,7 @@ def test_lora_add():
         lora_add_(y, y, square.lora_a, square.lora_b, 1.0)
 
 
-def test_multi():
+def test_multi(backend):
     case = make_multi(5, 24, 16, 4, 3)
     plan = plan_batch(case.token_slots, case.slot_ranks)
     good = [case.x, case.weight, case.bias, case.a_bank, case.b_bank, case.slot_scalings, plan]
@@ -174,6 +175,16 @@ def test_multi():
         lora_shrink(case.x, case.a_bank, plan, out=case.x[:, : case.a_bank.shape[1]])
     with pytest.raises(ValueError, match=r"x: lora_shrink computes no gradients"):
         lora_shrink(case.x.clone().requires_grad_(), case.a_bank, plan)
+    by_slice = plan_batch(case.token_slots, case.slot_ranks[:, None].expand(-1, 2))
+    short = dataclasses.replace(plan, slot_ranks=case.slot_ranks[:2])
+    for ranks, message in ((by_slice, r"\(num_slots\) or \(num_slots, slices = 1\)"), (short, "3 slots")):
+        match = rf"plan.slot_ranks: expected {message}, got shape \("
+        with pytest.raises(ValueError, match=match):
+            multi_lora_linear(*good[:6], ranks)
+        with pytest.raises(ValueError, match=match):
+            lora_shrink(case.x, case.a_bank, ranks)
+        with pytest.raises(ValueError, match=match):
+            lora_expand_(torch.zeros(5, 16), torch.zeros(5, 4), case.b_bank, case.slot_scalings, ranks)
     with pytest.raises(ValueError, match="h: expected shape"):
         lora_expand_(torch.zeros(5, 16), torch.zeros(5, 3), case.b_bank, case.slot_scalings, plan)
 

@@ -1,5 +1,7 @@
 """lora_linear and lora_add_ against float64: values, gradients, dropout, layouts."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,6 +158,28 @@ def test_out(backend):
         x = case.x.view(*odd.shape[:-1], 32)
         assert lora_linear(x, *case.args()[1:], out=odd) is odd
         check(case, odd.reshape(9, 24))
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("leading", [(3,), (2, 3), ()], ids=str)
+def test_no_features(backend, in_features, out_features, leading):
+    case = make_linear(1, in_features, out_features, 2)
+    x, shape = torch.ones(*leading, in_features), (*leading, out_features)
+    bias = torch.ones(out_features)
+    args = (case.weight, bias, case.lora_a.requires_grad_(), case.lora_b, case.scaling)
+    expected = F.linear(x, case.weight, bias)
+    y = lora_linear(x, *args)
+    y.sum().backward()
+    with torch.no_grad():
+        added = lora_add_(torch.zeros(shape), x, *args[2:])
+        plan = lk.ops.plan_batch([-1] * max(1, math.prod(leading)), num_slots=1)
+        rows = lk.ops.multi_lora_linear(x, *args[:2], [case.lora_a], [case.lora_b], torch.ones(1), plan)
+        (grouped,) = lk.ops.grouped_lora_linear(x, [args[0]], [bias], *([part] for part in args[2:]))
+    assert added.shape == y.shape == shape
+    if in_features == 0:
+        assert torch.equal(y, expected)
+        assert torch.equal(rows, expected)
+        assert torch.equal(grouped, expected)
 
 
 def test_scaling_is_read_at_run_time(backend):

@@ -5,6 +5,7 @@ from torch.autograd import forward_ad
 
 from .. import checks
 from ..linear.api import autocast_dtype
+from ..linear.autograd import rows_of
 from ..scalars import scaling_tensor
 from .autograd import GroupedLoraLinear, run
 
@@ -33,7 +34,7 @@ def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings):
     checks.tensor("x", x)
     biases = [None] * len(weights) if biases is None else biases
     _check_lengths(weights, biases=biases, lora_a=lora_a, lora_b=lora_b, scalings=scalings)
-    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1] if x.dim() else 1)
+    x2 = rows_of(x) if x.dim() else x
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype is not torch.float64:
         x2, weights = x2.to(dtype), [weight.to(dtype) for weight in weights]

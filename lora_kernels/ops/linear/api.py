@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from .. import checks, dispatch, library
 from ..scalars import is_scaling, scaling_tensor, seed_tensor
-from .autograd import LoraAdd, LoraLinear
+from .autograd import LoraAdd, LoraLinear, rows_of
 
 _linear = library.op("lora_linear")
 
@@ -22,7 +22,7 @@ def autocast_dtype(device_type):
 
 def flat_and_cast(x, weight, bias):
     """(x as a matrix, weight, bias, type of the device); in autocast's dtype where it is on."""
-    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    x2 = x if x.dim() == 2 else rows_of(x)
     device_type = "cpu" if x.is_cpu else x.device.type  # a device is an object to make
     dtype = autocast_dtype(device_type)
     if dtype is not None and x.dtype is not torch.float64:
@@ -167,7 +167,7 @@ def lora_add_(y, x, lora_a, lora_b, scaling, *, dropout_p=0.0, dropout_seed=None
         seed = seed_tensor(dropout_seed, x) if dropout_p else None
         return LoraAdd.apply(y, x, lora_a, lora_b, scaling, dropout_p, seed)
     op = dispatch.select("lora_add_", x)
-    op(rows, x.reshape(-1, x.shape[-1]), lora_a, lora_b, scaling, dispatch.batch_invariant)
+    op(rows, rows_of(x), lora_a, lora_b, scaling, dispatch.batch_invariant)
     mark_written(y)
     return y
 
@@ -176,8 +176,8 @@ def _as_rows(y):
     """``y`` as a 2-D tensor over the same memory with unit column stride, or None where there is no such view."""
     if y.shape[-1] > 1 and y.stride(-1) != 1:
         return None
-    if y.dim() == 2:
-        return y
+    if y.dim() == 2 or y.numel() == 0:
+        return rows_of(y)
     try:
         return y.view(-1, y.shape[-1])
     except RuntimeError:

@@ -26,6 +26,11 @@ def _stand_in(dy, lora_a):
     return dy.new_empty(dy.shape[0], lora_a.shape[-1])
 
 
+def rows_of(x):
+    """x (…, features) as a matrix; ``reshape(-1, features)`` can not tell the rows where there are no features."""
+    return x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
 class LoraLinear(torch.autograd.Function):
     @classmethod
     def apply(cls, *args):
@@ -76,8 +81,8 @@ class LoraAdd(torch.autograd.Function):
     def forward(ctx, y, x, lora_a, lora_b, scaling, dropout_p, seed):
         op = dispatch.select("lora_add_train_", x)
         ctx.invariant = dispatch.batch_invariant
-        x2 = x.reshape(-1, x.shape[-1])
-        h, mask = op(y.view(-1, y.shape[-1]), x2, lora_a, lora_b, scaling, dropout_p, seed, ctx.invariant)
+        x2 = rows_of(x)
+        h, mask = op(rows_of(y), x2, lora_a, lora_b, scaling, dropout_p, seed, ctx.invariant)
         ctx.mark_dirty(y)
         ctx.save_for_backward(_kept(ctx, x2, 2), lora_a, lora_b, scaling, h, mask)
         ctx.x_shape, ctx.dtype = x.shape, x.dtype
@@ -91,7 +96,7 @@ class LoraAdd(torch.autograd.Function):
         need_y, need_x, need_a, need_b = ctx.needs_input_grad[:4]
         dx = da = db = None
         if need_x or need_a or need_b:
-            dy2 = dy.reshape(-1, dy.shape[-1]).to(ctx.dtype).contiguous()
+            dy2 = rows_of(dy).to(ctx.dtype).contiguous()
             x = _stand_in(dy2, lora_a) if x is None else x
             op = dispatch.select("lora_linear_backward", x)
             dx, da, db = op(

@@ -60,7 +60,7 @@ def _slices(lora_a, num_columns, out_splits):
 
 def shrink(x, lora_a, mask, dropout_p, batch_invariant=False):
     """h = dropout(X) Aᵀ over all slices; float32, or float64 of float64; (M, S·R)."""
-    a = lora_a.reshape(-1, lora_a.shape[-1])
+    a = lora_a.flatten(0, -2)
     h = torch.empty(x.shape[0], a.shape[0], dtype=wide_dtype(x), device=x.device)
     for rows in _blocks(x.shape[0], batch_invariant):
         h[rows] = _mm(_kept(_part(x, rows, batch_invariant), mask[rows] if mask.numel() else mask), a.t())

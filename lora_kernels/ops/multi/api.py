@@ -5,6 +5,7 @@ from torch.autograd import forward_ad
 
 from .. import checks, dispatch
 from ..linear.api import autocast_dtype, flat_and_cast, mark_written
+from ..linear.autograd import rows_of
 from ..wide import wide_dtype
 from .autograd import MultiLoraLinear, live_part
 from .plan import check_plan
@@ -87,8 +88,7 @@ def _explain_refusal(x, weight, bias, a_bank, b_bank, slot_scalings, plan, out_s
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype is not torch.float64:
         base = [value if value is None else value.to(dtype) for value in base]
-    x2 = base[0] if x.dim() < 2 else base[0].reshape(-1, x.shape[-1])
-    _check(x2, *base[1:], a_bank, b_bank, slot_scalings, plan, out_splits, listed)
+    _check(rows_of(base[0]) if x.dim() else x, *base[1:], a_bank, b_bank, slot_scalings, plan, out_splits, listed)
 
 
 def run(listed, x, weight, bias, slot_scalings, plan, out_splits, adapters):
@@ -121,7 +121,7 @@ def lora_shrink(x, a_bank, plan, *, out=None):
     checks.adapter_dtype("a_bank", a_bank, x.dtype)
     if a_bank.shape[-1] != x.shape[1]:
         raise ValueError(f"a_bank: expected last dimension in_features = {x.shape[1]}, got {tuple(a_bank.shape)}")
-    check_plan(plan, x.shape[0], a_bank.shape[0])
+    check_plan(plan, x.shape[0], a_bank.shape[0], a_bank.shape[1] if a_bank.dim() == 4 else 1)
     checks.same_device(x, a_bank=a_bank, plan=plan.row_order)
     _refuse_grad("lora_shrink", x=x, a_bank=a_bank)
     if out is not None:
@@ -161,7 +161,7 @@ def lora_expand_(y, h, b_bank, slot_scalings, plan, *, out_splits=None):
     checks.size("h", h, (y.shape[0], *slices, b_bank.shape[2]), "(num_tokens, [slices,] max_rank)")
     if h.dtype != wide_dtype(y):
         raise TypeError(f"h: expected {wide_dtype(y)}, got {h.dtype}")
-    check_plan(plan, y.shape[0], b_bank.shape[0])
+    check_plan(plan, y.shape[0], b_bank.shape[0], len(out_splits or (0,)))
     _check_scalings(slot_scalings, b_bank.shape[0], y)
     checks.same_device(y, h=h, b_bank=b_bank, plan=plan.row_order)
     _refuse_grad("lora_expand_", y=y, h=h, b_bank=b_bank)
@@ -207,6 +207,6 @@ def _check(x, weight, bias, a_bank, b_bank, slot_scalings, plan, out_splits, lis
             raise ValueError(f"b_bank: expected {a_bank.shape[0]} slots, as a_bank has, got {tuple(b_bank.shape)}")
         if a_bank.shape[0]:
             checks.adapter(a_bank[0], b_bank[0], *sizes, out_splits, where=" of the bank")
-    check_plan(plan, x.shape[0], len(a_bank))
+    check_plan(plan, x.shape[0], len(a_bank), None if listed else len(out_splits or (0,)))
     _check_scalings(slot_scalings, len(a_bank), x)
     checks.same_device(x, plan=plan.row_order)

@@ -133,8 +133,8 @@ def _fill(plan, slots, ranks):
     plan.num_tokens = num_tokens
 
 
-def check_plan(plan, num_rows, num_slots):
-    """The plan is for this batch and this bank."""
+def check_plan(plan, num_rows, num_slots, num_slices):
+    """The plan is for this batch and this bank; ``num_slices``: None where its ranks do not count."""
     if not isinstance(plan, BatchPlan):
         raise TypeError(f"plan: expected a BatchPlan (see plan_batch), got {type(plan).__name__}")
     if plan.num_tokens != num_rows:
@@ -143,3 +143,9 @@ def check_plan(plan, num_rows, num_slots):
         raise ValueError(f"plan: made for {plan.num_slots} slots, the bank has {num_slots}")
     if plan.slot_ranks is not None:
         checks.tensor("plan.slot_ranks", plan.slot_ranks, 1, 2)
+        shape = tuple(plan.slot_ranks.shape)
+        if shape[0] != num_slots:
+            raise ValueError(f"plan.slot_ranks: expected {num_slots} slots, got shape {shape}")
+        if num_slices is not None and shape[1:] not in ((), (1,), (num_slices,)):
+            expected = f"(num_slots) or (num_slots, slices = {num_slices})"
+            raise ValueError(f"plan.slot_ranks: expected {expected}, got shape {shape}")
