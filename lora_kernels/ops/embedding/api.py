@@ -1,6 +1,7 @@
 """``lora_embedding``: rows of an embedding and of its update in one call."""
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import checks, dispatch
@@ -8,7 +9,15 @@ from ..linear.autograd import refuse_double_backward
 from ..scalars import scaling_tensor
 
 
-def lora_embedding(ids, weight, lora_a, lora_b, scaling, *, padding_idx=None):
+def lora_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    *,
+    padding_idx: int | None = None,
+) -> Tensor:
     """``W[ids] + scaling · (Aᵀ[ids]) Bᵀ``, rounded once.
 
     Differentiable in ``lora_a`` and ``lora_b``; not twice, and not in ``weight``.

@@ -1,6 +1,9 @@
 """``grouped_lora_linear``: projections that read the same input (Q, K, V; gate, up) in one call."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import checks
@@ -10,7 +13,14 @@ from ..scalars import scaling_tensor
 from .autograd import GroupedLoraLinear, run
 
 
-def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings):
+def grouped_lora_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scalings: Sequence[float | Tensor],
+) -> tuple[Tensor, ...]:
     """``x Wᵢᵀ + biasᵢ + scalingᵢ · (x Aᵢᵀ) Bᵢᵀ`` for each projection i, with one shrink for all of them.
 
     Differentiable in ``x``, ``weights``, ``biases``, ``lora_a`` and ``lora_b``; not twice. The gradient of ``x`` is

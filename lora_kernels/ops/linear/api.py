@@ -3,7 +3,10 @@
 Checks and reshapes once, then one op; gradients by ``torch.autograd.Function`` outside the op.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import checks, dispatch, library
@@ -32,18 +35,18 @@ def flat_and_cast(x, weight, bias):
 
 
 def lora_linear(
-    x,
-    weight,
-    bias,
-    lora_a,
-    lora_b,
-    scaling,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
     *,
-    dropout_p=0.0,
-    dropout_seed=None,
-    out_splits=None,
-    out=None,
-):
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    out_splits: Sequence[int] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """``x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ`` in one op (LoRA, Hu et al. 2021, arXiv:2106.09685).
 
     Differentiable in ``x``, ``weight``, ``bias``, ``lora_a`` and ``lora_b``; not twice. Under autocast ``x``,
@@ -134,7 +137,16 @@ def mark_written(*tensors):
         torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
-def lora_add_(y, x, lora_a, lora_b, scaling, *, dropout_p=0.0, dropout_seed=None):
+def lora_add_(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    *,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> Tensor:
     """``y += scaling · (dropout(x) Aᵀ) Bᵀ`` in place, for any base product: quantised, sharded, a module's own.
 
     Differentiable in ``y``, ``x``, ``lora_a`` and ``lora_b``; not twice.

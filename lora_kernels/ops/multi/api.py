@@ -1,6 +1,9 @@
 """``multi_lora_linear``, ``lora_shrink`` and ``lora_expand_``: one adapter a row, in one call."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import checks, dispatch
@@ -8,10 +11,21 @@ from ..linear.api import autocast_dtype, flat_and_cast, mark_written
 from ..linear.autograd import rows_of
 from ..wide import wide_dtype
 from .autograd import MultiLoraLinear, live_part
-from .plan import check_plan
+from .plan import BatchPlan, check_plan
 
 
-def multi_lora_linear(x, weight, bias, a_bank, b_bank, slot_scalings, plan, *, out_splits=None, out=None):
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a_bank: Tensor | Sequence[Tensor],
+    b_bank: Tensor | Sequence[Tensor],
+    slot_scalings: Tensor,
+    plan: BatchPlan,
+    *,
+    out_splits: Sequence[int] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """``x Wᵀ + bias`` with, on each row, the update of the adapter in that row's slot (Punica, arXiv:2310.18547).
 
     Rows with slot −1 are bitwise what the same backend gives with no adapter. An Inf or NaN in one adapter
@@ -102,7 +116,7 @@ def run(listed, x, weight, bias, slot_scalings, plan, out_splits, adapters):
     return op(x, weight, bias, *adapters, slot_scalings, plan.slot_ranks, *rows, out_splits, invariant)
 
 
-def lora_shrink(x, a_bank, plan, *, out=None):
+def lora_shrink(x: Tensor, a_bank: Tensor, plan: BatchPlan, *, out: Tensor | None = None) -> Tensor:
     """``h = x Aᵀ`` with each row's own A, for engines that run their own base product.
 
     Args:
@@ -114,6 +128,9 @@ def lora_shrink(x, a_bank, plan, *, out=None):
     Returns:
         float32 (num_tokens, max_rank) or (num_tokens, slices, max_rank); zero beyond the live rank and on
         rows with slot −1. No gradients.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device; the message names it.
     """
     checks.tensor("x", x, 2)
     checks.tensor("a_bank", a_bank, 3, 4)
@@ -137,7 +154,15 @@ def lora_shrink(x, a_bank, plan, *, out=None):
     return out.copy_(h)
 
 
-def lora_expand_(y, h, b_bank, slot_scalings, plan, *, out_splits=None):
+def lora_expand_(
+    y: Tensor,
+    h: Tensor,
+    b_bank: Tensor,
+    slot_scalings: Tensor,
+    plan: BatchPlan,
+    *,
+    out_splits: Sequence[int] | None = None,
+) -> Tensor:
     """``y += scaling · h Bᵀ`` in place with each row's own B; ``h`` comes from :func:`lora_shrink`.
 
     Args:
@@ -149,6 +174,10 @@ def lora_expand_(y, h, b_bank, slot_scalings, plan, *, out_splits=None):
 
     Returns:
         ``y``. No gradients.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device; the message names it. ``y`` is then
+            unchanged.
     """
     checks.tensor("y", y, 2)
     checks.floating("y", y)

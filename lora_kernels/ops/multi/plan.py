@@ -1,8 +1,10 @@
 """``BatchPlan``: which rows of a batch belong to which slot, sorted once and used by every layer."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from .. import checks
 
@@ -29,7 +31,9 @@ class BatchPlan:
     num_slots: int
 
     @classmethod
-    def empty(cls, max_tokens, num_slots, max_rank=None, device=None):
+    def empty(
+        cls, max_tokens: int, num_slots: int, max_rank: int | None = None, device: torch.device | str | None = None
+    ) -> "BatchPlan":
         """A plan with room for ``max_tokens`` rows, to be filled by ``plan_batch(..., out=plan)``.
 
         ``max_rank`` given: every slot starts with that live rank.
@@ -49,12 +53,18 @@ class BatchPlan:
         )
 
     @property
-    def max_tokens(self):
+    def max_tokens(self) -> int:
         """Rows that fit into the plan."""
         return self.token_slots.shape[0]
 
 
-def plan_batch(token_slots, slot_ranks=None, *, num_slots=None, out=None):
+def plan_batch(
+    token_slots: Tensor | Sequence[int],
+    slot_ranks: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    *,
+    num_slots: int | None = None,
+    out: BatchPlan | None = None,
+) -> BatchPlan:
     """Sorts the rows of a batch by slot. No host sync for slots that live on a GPU.
 
     Args:
