@@ -1,9 +1,13 @@
 """``peft_compat``: PEFT's results, for adapters that were trained with them and embody its defects."""
 
+from torch import nn
+
 from .layers import LoraAttention, LoraConv
 
 
-def peft_compat(model, *, conv_zero_padding=None, attention_out_twice=None):
+def peft_compat(
+    model: nn.Module, *, conv_zero_padding: bool | None = None, attention_out_twice: bool | None = None
+) -> int:
     """Makes the layers of ``model`` compute what PEFT does where it is wrong; see DIFFERENCES.md.
 
     Args:

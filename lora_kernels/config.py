@@ -80,17 +80,17 @@ class LoraConfig:
     revision: str | None = None
     inference_mode: bool = False
     r: int = 8
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | tuple[str, ...] | str | None = None  # held as a set
+    exclude_modules: list[str] | set[str] | tuple[str, ...] | str | None = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: str = "none"
     use_rslora: bool = False
-    modules_to_save: list[str] | None = None
+    modules_to_save: list[str] | set[str] | tuple[str, ...] | None = None
     init_lora_weights: bool | str = True
     layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
+    layers_pattern: list[str] | tuple[str, ...] | str | None = None
     rank_pattern: dict | None = field(default_factory=dict)
     alpha_pattern: dict | None = field(default_factory=dict)
     megatron_config: dict | None = None
@@ -109,7 +109,7 @@ class LoraConfig:
     layer_replication: list | None = None
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
-    target_parameters: list[str] | None = None
+    target_parameters: list[str] | set[str] | tuple[str, ...] | None = None
     use_bdlora: dict | None = None
     arrow_config: dict | None = None
     kasa_config: dict | None = None

@@ -2,10 +2,13 @@
 
 import copy
 import warnings
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+from .config import LoraConfig
 from .io.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from .layers import AuxiliaryTrainingWrapper, LoraLayer, TrainableTokensWrapper
 from .targeting import find_targets
@@ -21,8 +24,16 @@ __all__ = [
     "set_requires_grad",
 ]
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def inject_adapter_in_model(peft_config, model, adapter_name="default", low_cpu_mem_usage=False, state_dict=None):
+
+def inject_adapter_in_model(
+    peft_config: LoraConfig,
+    model: Model,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> Model:
     """Wraps layers of ``model``, in place, and returns ``model`` itself; the new adapter is active.
 
     Args:

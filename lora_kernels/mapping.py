@@ -1,5 +1,7 @@
 """Names that users of PEFT import from ``peft.mapping``: there is one type of adapter here."""
 
+from typing import Any
+
 from .config import LoraConfig, PeftType
 from .functional import inject_adapter_in_model
 from .model import get_peft_model
@@ -21,6 +23,6 @@ __all__ = [
 ]
 
 
-def get_peft_config(config_dict):
+def get_peft_config(config_dict: dict[str, Any]) -> LoraConfig:
     """The :class:`LoraConfig` of a dict of fields. KeyError for a ``peft_type`` that is not LORA."""
     return PEFT_TYPE_TO_CONFIG_MAPPING[config_dict["peft_type"]](**config_dict)

@@ -2,13 +2,15 @@
 
 import contextlib
 import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
 from .config import LoraConfig
 from .hub import HubModel
 from .signature import take_signature
-from .status import get_layer_status, get_model_status
+from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .stored import StoredModel
 from .tuner import LoraModel, has_adapters
 from .tuner_facts import base_name, warn_of_changed_name, warn_of_prefix
@@ -17,14 +19,14 @@ __all__ = ["LoraModel", "PeftModel", "get_peft_model"]
 
 
 def get_peft_model(
-    model,
-    peft_config,
-    adapter_name="default",
-    mixed=False,
-    autocast_adapter_dtype=True,
-    revision=None,
-    low_cpu_mem_usage=False,
-):
+    model: nn.Module,
+    peft_config: LoraConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> "PeftModel":
     """Wraps ``model``, in place, with a first adapter, ready to train.
 
     Args:
@@ -76,8 +78,13 @@ class PeftModel(StoredModel, HubModel, nn.Module):
     special_peft_forward_args = frozenset({"adapter_names"})  # what is not the model's own
 
     def __init__(
-        self, model, peft_config, adapter_name="default", autocast_adapter_dtype=True, low_cpu_mem_usage=False
-    ):
+        self,
+        model: nn.Module,
+        peft_config: LoraConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
         super().__init__()
         options = {"autocast_adapter_dtype": autocast_adapter_dtype, "meta": low_cpu_mem_usage}
         self.base_model = LoraModel(model, peft_config, adapter_name, **options)
@@ -103,7 +110,7 @@ class PeftModel(StoredModel, HubModel, nn.Module):
 
     forward.is_the_models = True  # takes its arguments, and is shown with them
 
-    def generate(self, *args, adapter_names=None, **kwargs):
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's own ``generate``; ``adapter_names`` as in :meth:`forward`, one a sample, not one a beam."""
         if adapter_names is None:
             return self.base_model.model.generate(*args, **kwargs)
@@ -116,7 +123,7 @@ class PeftModel(StoredModel, HubModel, nn.Module):
             return contextlib.nullcontext()
         return self.base_model.row_adapters(adapter_names, num_beams)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -125,46 +132,46 @@ class PeftModel(StoredModel, HubModel, nn.Module):
             return getattr(self.base_model, name)
 
     @property
-    def peft_config(self):
+    def peft_config(self) -> dict[str, LoraConfig]:
         """Adapter name to :class:`LoraConfig`."""
         return self.base_model.peft_config
 
     @property
-    def active_adapter(self):
+    def active_adapter(self) -> str | list[str]:
         """The name of the active adapter; a list of names where several are."""
         return self.base_model.active_adapter
 
     @property
-    def active_adapters(self):
+    def active_adapters(self) -> list[str]:
         """The names of the active adapters."""
         return self.base_model.active_adapters
 
     @property
-    def active_peft_config(self):
+    def active_peft_config(self) -> LoraConfig:
         """The config of the first active adapter."""
         return self.peft_config[self.base_model.active_adapters[0]]
 
     @property
-    def has_active_enabled_adapter(self):
+    def has_active_enabled_adapter(self) -> bool:
         """Whether some adapter takes part in the forward pass."""
         return bool(self.active_adapters) and any(not part.disable_adapters for part in self.base_model._parts())
 
     @property
-    def base_model_torch_dtype(self):
+    def base_model_torch_dtype(self) -> Any:
         """The dtype that the base model tells, or None."""
         return getattr(self.base_model, "dtype", None)
 
     @property
-    def modules_to_save(self):
+    def modules_to_save(self) -> set[str] | None:
         """Names of the modules that some adapter saves in full, or None."""
         names = {n for config in self.peft_config.values() for n in config.modules_to_save or ()}
         return names or None
 
-    def get_base_model(self):
+    def get_base_model(self) -> Any:
         """The model below the adapters."""
         return self.base_model.model
 
-    def get_nb_trainable_parameters(self):
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """``(trainable, all)``: numbers of parameters."""
         sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
@@ -176,22 +183,28 @@ class PeftModel(StoredModel, HubModel, nn.Module):
         if not quantised and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
 
-    def print_trainable_parameters(self):
+    def print_trainable_parameters(self) -> None:
         """One line: how many parameters train."""
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
-    def get_layer_status(self):
+    def get_layer_status(self) -> list[TunerLayerStatus]:
         """A :class:`TunerLayerStatus` of each layer with adapters."""
         return get_layer_status(self)
 
-    def get_model_status(self):
+    def get_model_status(self) -> TunerModelStatus:
         """The :class:`TunerModelStatus` of the model."""
         return get_model_status(self)
 
     # The life of adapters
 
-    def add_adapter(self, adapter_name, peft_config, low_cpu_mem_usage=False, autocast_adapter_dtype=True):
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: LoraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         """Adds a new adapter, which is not made active. ValueError when the name is taken or nothing matches."""
         if not isinstance(peft_config, LoraConfig):
             raise TypeError(f"peft_config: expected a LoraConfig, got {type(peft_config).__name__}")
@@ -199,20 +212,20 @@ class PeftModel(StoredModel, HubModel, nn.Module):
         options = {"autocast_adapter_dtype": autocast_adapter_dtype, "meta": low_cpu_mem_usage}
         self.base_model.add_adapter(adapter_name, peft_config, **options)
 
-    def set_adapter(self, adapter_name, inference_mode=False):
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes an adapter (or a list of them) the active one. ValueError when it is unknown."""
         self.base_model.set_adapter(adapter_name, inference_mode)
 
-    def delete_adapter(self, adapter_name):
+    def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter. ValueError when it is unknown or merged."""
         self.base_model.delete_adapter(adapter_name)
 
-    def set_requires_grad(self, adapter_names, requires_grad=True):
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freezes or unfreezes adapters, active or not."""
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     @contextlib.contextmanager
-    def disable_adapter(self):
+    def disable_adapter(self) -> Iterator[None]:
         """In this context the model is the base model; weights are not touched, even when merged."""
         parts = self.base_model._parts()
         before = {part.disable_adapters for part in parts}

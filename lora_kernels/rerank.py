@@ -6,9 +6,12 @@ singular triples of each update are kept (Eckart and Young 1936), found in the s
 """
 
 import copy
+import os
 import warnings
+from typing import Any
 
 import torch
+from torch import nn
 
 from .combine import core
 from .config import LoraConfig
@@ -18,7 +21,13 @@ from .layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer
 from .ops.wide import wide
 
 
-def convert_to_lora(model, rank, adapter_name="default", progressbar=False, compile_kwargs=None):
+def convert_to_lora(
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """The adapter of ``model`` in another rank; the model is not changed.
 
     Args:
@@ -67,7 +76,14 @@ def convert_to_lora(model, rank, adapter_name="default", progressbar=False, comp
     return config, tensors
 
 
-def save_as_lora(path, model, rank, adapter_name="default", progressbar=False, compile_kwargs=None):
+def save_as_lora(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> None:
     """Writes what :func:`convert_to_lora` gives into the folder ``path``, as ``PeftModel.from_pretrained`` reads it."""
     config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
     save_adapter(path, config, tensors, False, inference_mode=True)

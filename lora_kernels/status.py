@@ -43,7 +43,7 @@ class TunerModelStatus:
     quantization_backend: str | Literal["irregular"] | None
 
 
-def get_layer_status(model):
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """A :class:`TunerLayerStatus` of each layer with adapters. ValueError when there is none."""
     inner = getattr(model, "base_model", None)  # a plain model of transformers has one, too: its backbone
     root = inner if isinstance(inner, TunerFacts) else model
@@ -77,7 +77,7 @@ def get_layer_status(model):
     return found
 
 
-def get_model_status(model):
+def get_model_status(model: nn.Module) -> TunerModelStatus:
     """The :class:`TunerModelStatus` of a model with adapters. ValueError when it has none."""
     layers = get_layer_status(model)
     wrapped = hasattr(model, "get_base_model")

@@ -2,11 +2,17 @@
 
 import os
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
+from .config import LoraConfig
 from .io.checkpoint import check_tensors, save_adapter
 from .io.conversion import without_initial
 from .io.source import read_adapter
-from .io.state_dict import expected_shapes, get_peft_model_state_dict, set_peft_model_state_dict
+from .io.state_dict import LoadResult, expected_shapes, get_peft_model_state_dict, set_peft_model_state_dict
 from .layers.base import check_adapter_name
 from .stored_ranks import config_of_layers
 from .targeting import find_targets
@@ -14,24 +20,27 @@ from .tuner import check_takes_over, has_adapters
 from .tuner_facts import base_name, warn_of_changed_base
 from .walk import into_eval
 
+if TYPE_CHECKING:
+    from .model import PeftModel
+
 
 class StoredModel:
     """Adapters on disk, in PEFT's files."""
 
     def save_pretrained(
         self,
-        save_directory,
-        safe_serialization=True,
-        selected_adapters=None,
-        save_embedding_layers="auto",
-        is_main_process=True,
-        path_initial_model_for_weight_conversion=None,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
         *,
-        state_dict=None,
-        save_function=None,
-        max_shard_size=None,
-        push_to_hub=False,
-    ):
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        save_function: object = None,
+        max_shard_size: object = None,
+        push_to_hub: bool = False,
+    ) -> None:
         """Writes ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT reads them.
 
         The adapter "default" goes into ``save_directory``, any other into a folder of its name in it. Files
@@ -78,21 +87,21 @@ class StoredModel:
     @classmethod
     def from_pretrained(
         cls,
-        model,
-        model_id,
-        adapter_name="default",
-        is_trainable=False,
-        config=None,
-        autocast_adapter_dtype=True,
-        ephemeral_gpu_offload=False,
-        low_cpu_mem_usage=False,
-        key_mapping=None,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: LoraConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
         *,
-        torch_device=None,
-        ignore_mismatched_sizes=False,
-        strict=False,
-        **source,
-    ):
+        torch_device: torch.device | str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        strict: bool = False,
+        **source: Any,
+    ) -> "PeftModel":
         """Wraps ``model``, in place, with a saved adapter.
 
         Everything is checked before the model is touched. ``source``: ``subfolder``, ``revision`` and what else
@@ -151,19 +160,19 @@ class StoredModel:
 
     def load_adapter(
         self,
-        model_id,
-        adapter_name,
-        is_trainable=False,
-        torch_device=None,
-        autocast_adapter_dtype=True,
-        ephemeral_gpu_offload=False,
-        low_cpu_mem_usage=False,
-        key_mapping=None,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: torch.device | str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
         *,
-        ignore_mismatched_sizes=False,
-        strict=False,
-        **source,
-    ):
+        ignore_mismatched_sizes: bool = False,
+        strict: bool = False,
+        **source: Any,
+    ) -> LoadResult:
         """Adds a saved adapter; it is not made active. Arguments as of :meth:`from_pretrained`.
 
         The weights of an adapter of this name that is there already are replaced.

@@ -1,7 +1,14 @@
 """Other libraries' models on our kernels. Nothing here imports them before it is asked to."""
 
+from typing import TYPE_CHECKING
 
-def accelerate(model, sample=None):
+from torch import nn
+
+if TYPE_CHECKING:
+    from .report import Report
+
+
+def accelerate(model: nn.Module, sample: object = None) -> "Report":
     """Runs the LoRA layers of a ``peft`` model on our kernels, in place.
 
     ``model`` comes from ``peft`` (``get_peft_model``, ``PeftModel.from_pretrained``, ``inject_adapter_in_model``)
@@ -33,7 +40,7 @@ def accelerate(model, sample=None):
     return accelerate(model, sample)
 
 
-def restore(model):
+def restore(model: nn.Module) -> int:
     """Undoes :func:`accelerate`: every layer of ``model`` computes as ``peft`` made it. Returns their number."""
     from .peft import restore
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import torch
+
 
 @dataclasses.dataclass
 class Group:
@@ -18,10 +20,10 @@ class Group:
     what: str
     reason: str | None
     remark: str | None
-    names: list = dataclasses.field(default_factory=list)
+    names: list[str] = dataclasses.field(default_factory=list)
     peft_ms: float | None = None
     our_ms: float | None = None
-    layers: list = dataclasses.field(default_factory=list, repr=False)
+    layers: list[torch.nn.Module] = dataclasses.field(default_factory=list, repr=False)
 
     def _line(self):
         times = "" if self.peft_ms is None else f"; {self.peft_ms:.3f} ms with peft, {self.our_ms:.3f} ms with ours"
@@ -39,16 +41,16 @@ class Report:
         measured: whether the model was run on a sample.
     """
 
-    groups: list
+    groups: list[Group]
     measured: bool = False
 
     @property
-    def replaced(self):
+    def replaced(self) -> list[str]:
         """Names of the layers that compute with our kernels now."""
         return [name for group in self.groups if group.reason is None for name in group.names]
 
     @property
-    def left(self):
+    def left(self) -> dict[str, str]:
         """Name -> reason of the layers that are as PEFT made them."""
         return {name: group.reason for group in self.groups if group.reason for name in group.names}
 

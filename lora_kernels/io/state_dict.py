@@ -3,7 +3,8 @@
 import contextlib
 import re
 import warnings
-from collections import namedtuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,13 +19,23 @@ from .layouts import for_adapter, is_foreign
 
 PREFIX = "base_model.model."
 _FSDP = "_fsdp_wrapped_module."  # in the paths of modules, and not in the keys of a state dict
-LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])
 DELTA = "token_adapter.trainable_tokens_delta"
 
 
+class LoadResult(NamedTuple):
+    """What loading found; it unpacks as the pair that torch's ``load_state_dict`` gives."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
 def get_peft_model_state_dict(
-    model, state_dict=None, adapter_name="default", unwrap_compiled=False, save_embedding_layers="auto"
-):
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, torch.Tensor]:
     """The tensors of an adapter as they are saved: the adapter name left out of the keys.
 
     Args:
@@ -53,13 +64,13 @@ def get_peft_model_state_dict(
 
 
 def set_peft_model_state_dict(
-    model,
-    peft_model_state_dict,
-    adapter_name="default",
-    ignore_mismatched_sizes=False,
-    low_cpu_mem_usage=False,
-    strict=False,
-):
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    strict: bool = False,
+) -> LoadResult:
     """Copies the tensors of an adapter into the model, after all of them were checked.
 
     Those in the layouts of kohya's scripts and of diffusers too (see :mod:`.layouts`).

@@ -31,23 +31,23 @@ class LoraLinear(LoraLayer):
     base_class = nn.Linear
     _group = None  # of the projections that read the same input, see grouped.py
 
-    def __init__(self, base_layer):
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.__dict__.update(in_features=base_layer.in_features, out_features=base_layer.out_features)
 
     @classmethod
     def from_linear(
         cls,
-        linear,
-        r=16,
-        lora_alpha=32,
-        lora_dropout=0.0,
-        use_rslora=False,
-        adapter_name="default",
+        linear: nn.Linear,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_name: str = "default",
         *,
-        init_lora_weights=True,
-        autocast_adapter_dtype=True,
-    ):
+        init_lora_weights: bool | str = True,
+        autocast_adapter_dtype: bool = True,
+    ) -> "LoraLinear":
         """A layer around ``linear`` (shared, and frozen) with one active, trainable adapter.
 
         Raises:
@@ -68,7 +68,7 @@ class LoraLinear(LoraLayer):
         return layer
 
     @classmethod
-    def from_peft(cls, peft_layer):
+    def from_peft(cls, peft_layer: nn.Module) -> "LoraLinear":
         """A layer that shares the base layer, the factors and the state of a ``peft`` LoRA linear layer.
 
         Raises:
@@ -91,7 +91,7 @@ class LoraLinear(LoraLayer):
         layer.enable_adapters(not peft_layer.disable_adapters)
         return layer.train(peft_layer.training)
 
-    def to_peft(self):
+    def to_peft(self) -> nn.Module:
         """The same layer as ``peft`` has it, sharing the base layer and the factors; needs ``peft``.
 
         Raises:

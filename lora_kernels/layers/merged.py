@@ -6,6 +6,7 @@ weight holds one kind or the other.
 """
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -26,11 +27,13 @@ class MergedWeight:
     """
 
     @property
-    def residuals(self):
+    def residuals(self) -> dict[str, ops.MergeResidual]:
         """Adapter name to the :class:`MergeResidual` of its exact merge, in the order of merging."""
         return dict(self._residuals)
 
-    def merge(self, safe_merge=False, adapter_names=None, *, exact=False):
+    def merge(
+        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, *, exact: bool = False
+    ) -> None:
         """Adds the updates of ``adapter_names`` (default: the active ones) to the base weight, in place.
 
         What is merged already stays as it is, with a warning.
@@ -72,7 +75,7 @@ class MergedWeight:
         self._merged.update({name: self.scaling[name] for name in names})
         self._reroute()
 
-    def unmerge(self, adapter_names=None):
+    def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
         """Takes the updates of ``adapter_names`` (default: all merged ones) out of the base weight again.
 
         Exactly merged ones leave the very bits that the weight had without them, in whatever order they go.

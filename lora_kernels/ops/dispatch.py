@@ -9,6 +9,7 @@ The choice is a plain module global, not a ContextVar: it must not break ``torch
 import contextlib
 import functools
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -78,7 +79,7 @@ def _named(backend, origin):
 
 
 @contextlib.contextmanager
-def use_backend(backend="auto", *, batch_invariant=None):
+def use_backend(backend: str = "auto", *, batch_invariant: bool | None = None) -> Iterator[None]:
     """Runs every op in the block on one backend.
 
     Args:

@@ -51,7 +51,7 @@ def _cpu_paths():
     return lines
 
 
-def explain():
+def explain() -> str:
     """A report to print: the backends that can run here and why others can not, and the paths that ran.
 
     Counts are of this process.

@@ -75,7 +75,9 @@ SCHEMAS = {
         "Tensor new_a, Tensor new_b, Tensor new_scaling) -> ()"
     ),
     "row_norm": "(Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scaling) -> Tensor",
-    "lora_embedding": "(Tensor ids, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scaling) -> Tensor",
+    "lora_embedding": (
+        "(Tensor ids, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor scaling, bool batch_invariant) -> Tensor"
+    ),
     "lora_embedding_backward": (
         "(Tensor dy, Tensor ids, Tensor lora_a, Tensor lora_b, Tensor scaling, int padding_idx, bool need_a, "
         "bool need_b) -> (Tensor, Tensor)"
@@ -294,7 +296,7 @@ def _(weight, lora_a, lora_b, scaling):
 
 
 @_fake("lora_embedding")
-def _(ids, weight, lora_a, lora_b, scaling):
+def _(ids, weight, lora_a, lora_b, scaling, batch_invariant):
     return weight.new_empty((ids.shape[0], weight.shape[1]))
 
 

@@ -10,14 +10,16 @@ touches it is registered. Several threads may register, evict and run batches at
 it is until the batch ends. (Slots and batched updates: Punica, arXiv:2310.18547; S-LoRA, arXiv:2311.03285.)
 """
 
-import collections.abc
+import collections
 import contextlib
 import os
 import threading
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
 
+from ..config import LoraConfig
 from ..io.source import read_adapter
 from ..unfuse import fused_paths, turn_off
 from .adapter import closest, parse
@@ -38,7 +40,9 @@ class AdapterPool:
             half-precision base.
     """
 
-    def __init__(self, model, num_slots=64, max_rank=64, *, dtype=None):
+    def __init__(
+        self, model: nn.Module, num_slots: int = 64, max_rank: int = 64, *, dtype: torch.dtype | None = None
+    ) -> None:
         for name, value in (("num_slots", num_slots), ("max_rank", max_rank)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
@@ -64,11 +68,18 @@ class AdapterPool:
         self.__dict__.update(state, _lock=threading.RLock())
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         """The adapters that are resident, in the order they came."""
         return list(self._slot_of)
 
-    def register(self, name, source, *, config=None, skip_modules_to_save=False):
+    def register(
+        self,
+        name: str,
+        source: str | os.PathLike[str] | Mapping[str, torch.Tensor],
+        *,
+        config: LoraConfig | None = None,
+        skip_modules_to_save: bool = False,
+    ) -> None:
         """Makes an adapter resident.
 
         Args:
@@ -107,7 +118,7 @@ class AdapterPool:
                 raise
             self._slot_of[name] = slot
 
-    def evict(self, name):
+    def evict(self, name: str) -> None:
         """Frees the slot of an adapter.
 
         Raises:
@@ -122,7 +133,7 @@ class AdapterPool:
             del self._slot_of[name]
 
     @contextlib.contextmanager
-    def batch(self, names):
+    def batch(self, names: Iterable[str | None]) -> Iterator[None]:
         """Within the block, row i of each batch runs with adapter ``names[i]``; None is the base model.
 
         As ``torch.no_grad``, of the thread that enters it: several threads can run batches of their own at once.
@@ -147,7 +158,7 @@ class AdapterPool:
             with self._lock:
                 self._running.subtract(used)
 
-    def remove(self):
+    def remove(self) -> None:
         """Takes the pool off: the model has its own layers back, and the adapters are gone.
 
         Raises:
@@ -159,7 +170,7 @@ class AdapterPool:
             self._unwrap(list(self._layers))
             self._slot_of = {}
 
-    def owns(self, path, layer):
+    def owns(self, path: str, layer: nn.Module) -> bool:
         """Whether this pool has put ``layer`` into the model, at ``path``."""
         return self._layers.get(path) is layer
 
@@ -213,7 +224,7 @@ class AdapterPool:
 
 def _listed(names):
     """The names of a batch as a list, checked as far as it goes without a pool."""
-    if isinstance(names, (str, collections.abc.Mapping)) or not isinstance(names, collections.abc.Iterable):
+    if isinstance(names, (str, Mapping)) or not isinstance(names, Iterable):
         raise TypeError(f"names: expected one adapter (or None) a row, got {names!r}")
     names = list(names)
     if not names:

@@ -1,12 +1,14 @@
 """Casts and base state dicts that users of ``peft.utils`` call."""
 
-import collections
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 
 from ..config import CONFIG_NAME
 from ..io.checkpoint import PICKLE_NAME as WEIGHTS_NAME
 from ..io.checkpoint import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
+from ..io.state_dict import LoadResult
 from ..layers import (
     AuxiliaryTrainingWrapper,
     LoraLayer,
@@ -43,12 +45,15 @@ def _get_submodules(model, key):
     return model.get_submodule(path), model.get_submodule(key), name
 
 
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
 def infer_device():
     """The kind of accelerator of this machine, or "cpu"."""
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def cast_mixed_precision_params(model, dtype):
+def cast_mixed_precision_params(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Frozen parameters in ``dtype`` (float16 or bfloat16), trained ones in float32; in place."""
     for parameter in model.parameters():
         parameter.data = parameter.to(torch.float32 if parameter.requires_grad else dtype)
@@ -58,8 +63,11 @@ _PACKING = ("gptq", "aqlm", "eetq", "torchao", "hqq")
 
 
 def prepare_model_for_kbit_training(
-    model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None, auto_clear_cache=True
-):
+    model: Model,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> Model:
     """Freezes a model; a quantised one trains with gradient checkpointing, and what it has in half precision is cast.
 
     Args:
@@ -101,14 +109,16 @@ def _base_keys(model):
     return keys
 
 
-def get_base_model_state_dict(model):
+def get_base_model_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The state dict of the base model, with the keys it had before it was wrapped."""
     base = model.get_base_model()
     state = base.state_dict()
     return {plain: state[key] for plain, key in _base_keys(base).items() if key in state}
 
 
-def set_base_model_state_dict(model, state_dict, strict=True):
+def set_base_model_state_dict(
+    model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], strict: bool = True
+) -> LoadResult:
     """Loads what :func:`get_base_model_state_dict` gives.
 
     Returns:
@@ -126,4 +136,4 @@ def set_base_model_state_dict(model, state_dict, strict=True):
         found = [f"{kind} key(s) in state_dict: {', '.join(map(repr, keys))}." for kind, keys in parts if keys]
         raise RuntimeError(f"Error(s) in loading state_dict for {type(base).__name__}: {' '.join(found)}")
     base.load_state_dict({keys[key]: value for key, value in state_dict.items() if key in keys}, strict=False)
-    return collections.namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])(missing, unexpected)
+    return LoadResult(missing, unexpected)

@@ -1,5 +1,8 @@
 """Every bad argument is named, with what was expected and what came, and nothing is written."""
 
+import dataclasses
+import re
+
 import pytest
 import torch
 
@@ -83,6 +86,30 @@ def test_out_may_not_alias_an_input():
         assert torch.equal(frame, before)
 
 
+def test_out_may_not_alias_a_scaling():
+    case = make_linear(4, 24, 24, 4)
+    out = torch.randn(4, 24)
+    with pytest.raises(ValueError, match="out: shares memory with scaling"):
+        lora_linear(*case.args()[:5], out[2, 3], out=out)
+
+
+@pytest.mark.parametrize("name", ["a_bank", "b_bank", "lora_a[1]", "lora_b[1]", "slot_scalings"])
+def test_out_of_several_adapters_may_not_alias_one(backend, name):
+    case = make_multi(8, 8, 8, 8, 2)
+    plan = plan_batch([0, 1, -1, 0] * 2, num_slots=2)
+    if name == "slot_scalings":
+        out = case.x.clone()
+        case.slot_scalings = out[0, :2]
+    else:
+        out = (case.a_bank if name in ("a_bank", "lora_a[1]") else case.b_bank)[1]
+    banks = [case.a_bank, case.b_bank]
+    banks = [list(bank) for bank in banks] if name.startswith("lora") else banks
+    before = out.clone()
+    with pytest.raises(ValueError, match=re.escape(f"out: shares memory with {name}")):
+        multi_lora_linear(case.x, case.weight, case.bias, *banks, case.slot_scalings, plan, out=out)
+    assert torch.equal(out, before)
+
+
 def test_lora_add():
     case = make_linear(4, 24, 16, 4)
     y = torch.randn(4, 16)
@@ -103,7 +130,7 @@ def test_lora_add():
         lora_add_(y, y, square.lora_a, square.lora_b, 1.0)
 
 
-def test_multi():
+def test_multi(backend):
     case = make_multi(5, 24, 16, 4, 3)
     plan = plan_batch(case.token_slots, case.slot_ranks)
     good = [case.x, case.weight, case.bias, case.a_bank, case.b_bank, case.slot_scalings, plan]
@@ -148,6 +175,16 @@ def test_multi():
         lora_shrink(case.x, case.a_bank, plan, out=case.x[:, : case.a_bank.shape[1]])
     with pytest.raises(ValueError, match=r"x: lora_shrink computes no gradients"):
         lora_shrink(case.x.clone().requires_grad_(), case.a_bank, plan)
+    by_slice = plan_batch(case.token_slots, case.slot_ranks[:, None].expand(-1, 2))
+    short = dataclasses.replace(plan, slot_ranks=case.slot_ranks[:2])
+    for ranks, message in ((by_slice, r"\(num_slots\) or \(num_slots, slices = 1\)"), (short, "3 slots")):
+        match = rf"plan.slot_ranks: expected {message}, got shape \("
+        with pytest.raises(ValueError, match=match):
+            multi_lora_linear(*good[:6], ranks)
+        with pytest.raises(ValueError, match=match):
+            lora_shrink(case.x, case.a_bank, ranks)
+        with pytest.raises(ValueError, match=match):
+            lora_expand_(torch.zeros(5, 16), torch.zeros(5, 4), case.b_bank, case.slot_scalings, ranks)
     with pytest.raises(ValueError, match="h: expected shape"):
         lora_expand_(torch.zeros(5, 16), torch.zeros(5, 3), case.b_bank, case.slot_scalings, plan)
 

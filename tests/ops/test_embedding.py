@@ -42,6 +42,17 @@ def test_shapes_of_ids():
             assert torch.equal(result.reshape(-1, 8), y[: ids.numel()])
 
 
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_batch_invariant_rows(dtypes):
+    case = make_embedding(40, 11, 37, 33, *DTYPES[dtypes])
+    with lk.use_backend(batch_invariant=True):
+        for lora_a in (case.lora_a, case.lora_a.clone().requires_grad_()):
+            y = lora_embedding(case.ids, case.weight, lora_a, case.lora_b, case.scaling)
+            for row in (0, 20, 39):
+                assert torch.equal(lora_embedding(case.ids[row], *case.args()[1:]), y[row])
+        assert lora_embedding(case.ids[:0], *case.args()[1:]).shape == (0, 37)
+
+
 def test_compiles_as_one_graph():
     case = make_embedding(6, 9, 8, 2)
     leaves = [case.lora_a.requires_grad_(), case.lora_b.requires_grad_()]

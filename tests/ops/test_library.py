@@ -71,7 +71,7 @@ def _samples():
         "merge_is_finite": [(weight, a, b, s, 1.0)],
         "switch_": [(weight.clone(), a, b, s, a, b, s)],
         "row_norm": [(weight, a, b, s)],
-        "lora_embedding": [(torch.tensor([3, 0, 3]), weight, *half_embedding, s)],
+        "lora_embedding": [(torch.tensor([3, 0, 3]), weight, *half_embedding, s, False)],
         "lora_embedding_backward": [
             (torch.randn(3, 24, dtype=torch.bfloat16), torch.tensor([3, 0, 3]), *half_embedding, s, 0, True, True),
             (torch.randn(3, 24, dtype=torch.bfloat16), torch.tensor([3, 0, 3]), *half_embedding, s, -1, False, True),

@@ -1,5 +1,7 @@
 """lora_linear and lora_add_ against float64: values, gradients, dropout, layouts."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,6 +85,34 @@ def test_deterministic_and_batch_invariant(backend, dtype, adapter_dtype, batch_
                 assert torch.equal(part, y[rows])
 
 
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
+def test_batch_invariant_rows_of_training(backend, dtype, adapter_dtype):
+    """Its forward has the bits of inference, whatever else is in the batch, and so have the rows of dX."""
+    case = make_linear(37, 137, 97, 33, dtype, adapter_dtype)
+    case.lora_a.requires_grad_()
+    seed = torch.tensor(3)
+
+    def rows(part):
+        x = case.x[part].clone().requires_grad_()
+        y = lora_linear(x, *case.args()[1:])
+        base = torch.ones_like(y)
+        return y.detach(), torch.autograd.grad(y, x, base)[0], lora_add_(base, x, *case.args()[3:]).detach()
+
+    with lk.use_backend(backend, batch_invariant=True):
+        together = rows(slice(None))
+        with torch.no_grad():
+            assert torch.equal(together[0], lora_linear(*case.args()))
+            assert torch.equal(together[2], lora_add_(torch.ones_like(together[0]), case.x, *case.args()[3:]))
+        for row in (0, 17, 36):
+            for alone, whole in zip(rows(slice(row, row + 1)), together, strict=True):
+                assert torch.equal(alone[0], whole[row])
+        dropped = lora_linear(*case.args(), dropout_p=0.5, dropout_seed=seed).detach()
+        keep = unpack_mask(dropout_mask(seed, *case.x.shape, 0.5), case.x.shape[1]) * 2
+        check(case, dropped, keep=keep)
+        first = lora_linear(case.x[:1], *case.args()[1:], dropout_p=0.5, dropout_seed=seed).detach()
+        assert torch.equal(first[0], dropped[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts(backend, dtype):
     case = make_linear(24, 64, 48, 8, dtype)
@@ -128,6 +158,28 @@ def test_out(backend):
         x = case.x.view(*odd.shape[:-1], 32)
         assert lora_linear(x, *case.args()[1:], out=odd) is odd
         check(case, odd.reshape(9, 24))
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("leading", [(3,), (2, 3), ()], ids=str)
+def test_no_features(backend, in_features, out_features, leading):
+    case = make_linear(1, in_features, out_features, 2)
+    x, shape = torch.ones(*leading, in_features), (*leading, out_features)
+    bias = torch.ones(out_features)
+    args = (case.weight, bias, case.lora_a.requires_grad_(), case.lora_b, case.scaling)
+    expected = F.linear(x, case.weight, bias)
+    y = lora_linear(x, *args)
+    y.sum().backward()
+    with torch.no_grad():
+        added = lora_add_(torch.zeros(shape), x, *args[2:])
+        plan = lk.ops.plan_batch([-1] * max(1, math.prod(leading)), num_slots=1)
+        rows = lk.ops.multi_lora_linear(x, *args[:2], [case.lora_a], [case.lora_b], torch.ones(1), plan)
+        (grouped,) = lk.ops.grouped_lora_linear(x, [args[0]], [bias], *([part] for part in args[2:]))
+    assert added.shape == y.shape == shape
+    if in_features == 0:
+        assert torch.equal(y, expected)
+        assert torch.equal(rows, expected)
+        assert torch.equal(grouped, expected)
 
 
 def test_scaling_is_read_at_run_time(backend):

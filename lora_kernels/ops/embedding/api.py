@@ -1,6 +1,7 @@
 """``lora_embedding``: rows of an embedding and of its update in one call."""
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import checks, dispatch
@@ -8,7 +9,15 @@ from ..linear.autograd import refuse_double_backward
 from ..scalars import scaling_tensor
 
 
-def lora_embedding(ids, weight, lora_a, lora_b, scaling, *, padding_idx=None):
+def lora_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    *,
+    padding_idx: int | None = None,
+) -> Tensor:
     """``W[ids] + scaling · (Aᵀ[ids]) Bᵀ``, rounded once.
 
     Differentiable in ``lora_a`` and ``lora_b``; not twice, and not in ``weight``.
@@ -36,8 +45,13 @@ def lora_embedding(ids, weight, lora_a, lora_b, scaling, *, padding_idx=None):
     if grad or forward_ad._current_level >= 0:  # the function refuses tangents
         y = LoraEmbedding.apply(flat, weight.detach(), lora_a, lora_b, scaling, padding_idx)
     else:
-        y = dispatch.select("lora_embedding", weight)(flat, weight, lora_a, lora_b, scaling)
+        y = _forward(flat, weight, lora_a, lora_b, scaling)
     return y.view(*ids.shape, weight.shape[1])
+
+
+def _forward(ids, weight, lora_a, lora_b, scaling):
+    op = dispatch.select("lora_embedding", weight)
+    return op(ids, weight, lora_a, lora_b, scaling, dispatch.batch_invariant)
 
 
 class LoraEmbedding(torch.autograd.Function):
@@ -45,7 +59,7 @@ class LoraEmbedding(torch.autograd.Function):
     def forward(ctx, ids, weight, lora_a, lora_b, scaling, padding_idx):
         ctx.save_for_backward(ids, lora_a, lora_b, scaling)
         ctx.padding_idx = padding_idx
-        return dispatch.select("lora_embedding", weight)(ids, weight, lora_a, lora_b, scaling)
+        return _forward(ids, weight, lora_a, lora_b, scaling)
 
     @staticmethod
     def backward(ctx, dy):

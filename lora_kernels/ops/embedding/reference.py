@@ -7,13 +7,14 @@ dB = s · dYᵀ h,   dA[:, v] = Σ s · dY[m] B over the rows m with ids[m] = v
 import torch
 import torch.nn.functional as F
 
+from ..linear.reference import by_rows
 from ..wide import wide
 
 
-def lora_embedding(ids, weight, lora_a, lora_b, scaling):
+def lora_embedding(ids, weight, lora_a, lora_b, scaling, batch_invariant):
     with torch.no_grad():
         h = F.embedding(ids, lora_a.t())
-        update = F.linear(h, lora_b)
+        update = by_rows(lambda rows: F.linear(rows, lora_b), h, batch_invariant)
         return (F.embedding(ids, weight) + update * scaling).to(weight.dtype)
 
 

@@ -12,12 +12,13 @@ from ..linear.triton_gradients import low_rank_of, skinny, sum_planes
 from . import triton_kernels
 
 
-def lora_embedding(ids, weight, lora_a, lora_b, scaling):
+def lora_embedding(ids, weight, lora_a, lora_b, scaling, batch_invariant):
     with torch.no_grad():
         (num_rows,), (num_embeddings, width), rank = ids.shape, weight.shape, lora_a.shape[0]
         y = weight.new_empty((num_rows, width))
         if y.numel() == 0:
             return y
+        # The tile is the same for any number of rows, so batch_invariant asks for nothing more.
         block_m, block_n = 16, 32 if host.INTERPRETED else 64 if lora_a.dtype == torch.float32 else 128
         tiles_n = -(-width // block_n)
         triton_kernels.embedding_kernel[(-(-num_rows // block_m) * tiles_n,)](
@@ -63,7 +64,7 @@ def _case(name, rank, dtype, adapter):
     factors = (empty(rank, 128256, like=adapter), empty(4096, rank, like=adapter), empty(like=torch.float32))
 
     def call():
-        lora_embedding(ids, empty(128256, 4096, like=dtype), *factors)
+        lora_embedding(ids, empty(128256, 4096, like=dtype), *factors, False)
         lora_embedding_backward(dy, ids, *factors, 0, True, True)
 
     plain = adapter == torch.float32

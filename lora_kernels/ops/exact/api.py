@@ -1,6 +1,7 @@
 """``merge_exact_``, ``unmerge_exact_``, ``switch_exact_``: merging that undoes itself bit for bit."""
 
 import torch
+from torch import Tensor
 
 from .. import checks, dispatch
 from ..linear.api import mark_written
@@ -60,7 +61,7 @@ def _body(weight, adapter, residual):
     return residual.body.to(weight.device)
 
 
-def merge_exact_(weight, lora_a, lora_b, scaling):
+def merge_exact_(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor) -> MergeResidual:
     """``W ← W + scaling · B A`` in place, so that :func:`unmerge_exact_` restores every bit.
 
     The arithmetic is fixed (docs/residual_format.md): the same bits on every machine, thread count and backend,
@@ -85,7 +86,9 @@ def merge_exact_(weight, lora_a, lora_b, scaling):
     return MergeResidual(weight.shape, weight.dtype, digest, body)
 
 
-def unmerge_exact_(weight, lora_a, lora_b, scaling, residual):
+def unmerge_exact_(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor, residual: MergeResidual
+) -> Tensor:
     """Undoes :func:`merge_exact_`, bit for bit. Arguments as there, with the residual it returned.
 
     Returns:
@@ -100,7 +103,12 @@ def unmerge_exact_(weight, lora_a, lora_b, scaling, residual):
     return weight
 
 
-def switch_exact_(weight, old, new, residual):
+def switch_exact_(
+    weight: Tensor,
+    old: tuple[Tensor, Tensor, float | Tensor],
+    new: tuple[Tensor, Tensor, float | Tensor],
+    residual: MergeResidual,
+) -> MergeResidual:
     """Replaces one exactly merged adapter by another in one pass over the weight.
 
     Args:

@@ -6,6 +6,7 @@ A header says what it belongs to (shape, dtype, arithmetic, a digest of the adap
 import hashlib
 import os
 import struct
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -37,8 +38,12 @@ class MergeResidual:
     """
 
     __slots__ = ("body", "digest", "dtype", "shape")
+    body: torch.Tensor
+    digest: bytes
+    dtype: torch.dtype
+    shape: tuple[int, int]
 
-    def __init__(self, shape, dtype, digest, body):
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, digest: bytes, body: torch.Tensor) -> None:
         for name, value in (("shape", tuple(shape)), ("dtype", dtype), ("digest", digest), ("body", body)):
             object.__setattr__(self, name, value)
 
@@ -53,23 +58,23 @@ class MergeResidual:
         return f"MergeResidual({tuple(self.shape)}, {self.dtype}, {size})"
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Size of everything that :meth:`to_tensors` gives."""
         return _HEADER.size + self.body.numel()
 
     @property
-    def bits_per_weight(self):
+    def bits_per_weight(self) -> float:
         """Size beside the weight's: 16 would be that of a copy in bfloat16."""
         return 8 * self.nbytes / max(1, self.shape[0] * self.shape[1])
 
-    def to_tensors(self):
+    def to_tensors(self) -> dict[str, torch.Tensor]:
         """``{"header", "body"}``: uint8 tensors, for safetensors or any other container."""
         code = _DTYPES.index(self.dtype)
         packed = _HEADER.pack(_MAGIC, VERSION, code, ARITHMETIC, *self.shape, self.body.numel(), self.digest)
         return {"header": torch.frombuffer(bytearray(packed), dtype=torch.uint8), "body": self.body}
 
     @classmethod
-    def from_tensors(cls, tensors):
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "MergeResidual":
         """The residual of what :meth:`to_tensors` gave.
 
         Raises:
@@ -94,14 +99,14 @@ class MergeResidual:
             raise ValueError(f"residual: expected a body of {size} bytes (its header says), got {body.numel()}")
         return cls((rows, cols), _DTYPES[code], digest, body)
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file."""
         from safetensors.torch import save_file
 
         save_file({name: value.cpu() for name, value in self.to_tensors().items()}, os.fspath(path))
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | os.PathLike[str]) -> "MergeResidual":
         """Reads what :meth:`save` wrote. ValueError for any other file."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file

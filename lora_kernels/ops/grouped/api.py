@@ -1,15 +1,26 @@
 """``grouped_lora_linear``: projections that read the same input (Q, K, V; gate, up) in one call."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import checks, dispatch
 from ..linear.api import autocast_dtype, lora_linear
+from ..linear.autograd import rows_of
 from ..scalars import scaling_tensor
 from .autograd import GroupedLoraLinear, run
 
 
-def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings):
+def grouped_lora_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scalings: Sequence[float | Tensor],
+) -> tuple[Tensor, ...]:
     """``x Wᵢᵀ + biasᵢ + scalingᵢ · (x Aᵢᵀ) Bᵢᵀ`` for each projection i, with one shrink for all of them.
 
     Differentiable in ``x``, ``weights``, ``biases``, ``lora_a`` and ``lora_b``; not twice. The gradient of ``x`` is
@@ -33,7 +44,7 @@ def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings):
     checks.tensor("x", x)
     biases = [None] * len(weights) if biases is None else biases
     _check_lengths(weights, biases=biases, lora_a=lora_a, lora_b=lora_b, scalings=scalings)
-    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1] if x.dim() else 1)
+    x2 = rows_of(x) if x.dim() else x
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype is not torch.float64:
         x2, weights = x2.to(dtype), [weight.to(dtype) for weight in weights]

@@ -11,7 +11,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from ..linear.reference import _blocks, _mm, expand_, shrink
+from ..linear.reference import _blocks, _mm, _part, expand_, shrink
 from ..wide import wide, wide_dtype
 
 
@@ -25,13 +25,13 @@ def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings, y, need_h,
     with torch.no_grad():
         stacked, columns, no_mask = torch.cat(lora_a), columns_of_h(lora_a), x.new_empty(0, dtype=torch.uint8)
         h = torch.empty((x.shape[0], stacked.shape[0]), dtype=wide_dtype(x), device=x.device)
-        # batch_invariant: no GEMM library promises the same bits for another number of rows.
         step = 1 if batch_invariant else max(1, x.shape[0])
         for row in range(0, x.shape[0], step):
             rows = slice(row, row + step)
-            h[rows] = shrink(x[rows], stacked, no_mask, 0.0)
+            block = _part(x, rows, batch_invariant)
+            h[rows] = shrink(block, stacked, no_mask, 0.0)
             for i, out in enumerate(y):
-                out[rows] = F.linear(x[rows], weights[i], biases[i] if biases else None)
+                out[rows] = F.linear(block, weights[i], biases[i] if biases else None)
                 expand_(out[rows], h[rows, columns[i]], lora_a[i], lora_b[i], scalings[i], None)
         return h if need_h else h.new_empty(0)
 
@@ -42,16 +42,17 @@ def grouped_lora_backward(x, dy, weights, lora_a, lora_b, scalings, h, da, db, n
         sums_a = [torch.zeros(a.shape, dtype=h.dtype, device=x.device) for a in da]
         sums_b = [torch.zeros(b.shape, dtype=h.dtype, device=x.device) for b in db]
         columns = columns_of_h(lora_a)
-        for rows in _blocks(x.shape[0]):
+        for rows in _blocks(x.shape[0], batch_invariant):
             total = 0.0
             for i, (grad, s) in enumerate(zip(dy, scalings, strict=True)):
-                dh = _mm(grad[rows], lora_b[i]) * s
+                grad = _part(grad, rows, batch_invariant)
+                dh = _mm(grad, lora_b[i]) * s
                 if need_x:
-                    total = total + (_mm(grad[rows], weights[i]) + dh @ lora_a[i].to(dh.dtype))
+                    total = total + (_mm(grad, weights[i]) + dh @ lora_a[i].to(dh.dtype))
                 if da:
                     sums_a[i] += dh.t() @ wide(x[rows])
                 if db:
-                    sums_b[i] += s * (wide(grad[rows]).t() @ h[rows, columns[i]])
+                    sums_b[i] += s * (wide(grad).t() @ h[rows, columns[i]])
             if need_x:
                 dx[rows] = total.to(dx.dtype)
         for targets, sums in ((da, sums_a), (db, sums_b)):

@@ -3,12 +3,15 @@
 Checks and reshapes once, then one op; gradients by ``torch.autograd.Function`` outside the op.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import checks, dispatch, library
 from ..scalars import is_scaling, scaling_tensor, seed_tensor
-from .autograd import LoraAdd, LoraLinear, LoraUpdate
+from .autograd import LoraAdd, LoraLinear, LoraUpdate, rows_of
 
 _linear = library.op("lora_linear")
 
@@ -22,7 +25,7 @@ def autocast_dtype(device_type):
 
 def flat_and_cast(x, weight, bias):
     """(x as a matrix, weight, bias, type of the device); in autocast's dtype where it is on."""
-    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    x2 = x if x.dim() == 2 else rows_of(x)
     device_type = "cpu" if x.is_cpu else x.device.type  # a device is an object to make
     dtype = autocast_dtype(device_type)
     if dtype is not None and x.dtype is not torch.float64:
@@ -32,18 +35,18 @@ def flat_and_cast(x, weight, bias):
 
 
 def lora_linear(
-    x,
-    weight,
-    bias,
-    lora_a,
-    lora_b,
-    scaling,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
     *,
-    dropout_p=0.0,
-    dropout_seed=None,
-    out_splits=None,
-    out=None,
-):
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    out_splits: Sequence[int] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """``x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ`` in one op (LoRA, Hu et al. 2021, arXiv:2106.09685).
 
     Differentiable in ``x``, ``weight``, ``bias``, ``lora_a`` and ``lora_b``; not twice. Under autocast ``x``,
@@ -120,7 +123,7 @@ def _explain_refusal(x, weight, bias, lora_a, lora_b, out_splits):
 
 def _write(out, x, x2, weight, bias, lora_a, lora_b, scaling, dropout_p, out_splits, grad):
     checks.out(out, x.to(x2.dtype), weight)
-    checks.in_place("out", out, x=x2, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
+    checks.in_place("out", out, x=x2, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b, scaling=scaling)
     if grad or dropout_p:
         raise ValueError("out: can not be combined with gradients or dropout; call under torch.no_grad()")
     rows = _as_rows(out)
@@ -138,7 +141,16 @@ def mark_written(*tensors):
         torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
-def lora_add_(y, x, lora_a, lora_b, scaling, *, dropout_p=0.0, dropout_seed=None):
+def lora_add_(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    *,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> Tensor:
     """``y += scaling · (dropout(x) Aᵀ) Bᵀ`` in place, for any base product: quantised, sharded, a module's own.
 
     Differentiable in ``y``, ``x``, ``lora_a`` and ``lora_b``; not twice.
@@ -172,7 +184,7 @@ def lora_add_(y, x, lora_a, lora_b, scaling, *, dropout_p=0.0, dropout_seed=None
         return y.copy_(lora_add_(contiguous, x, lora_a, lora_b, scaling, dropout_p=dropout_p, dropout_seed=seed))
     if grad:
         return LoraAdd.apply(y, x, lora_a, lora_b, scaling, dropout_p, seed)
-    x2 = x.reshape(-1, x.shape[-1])
+    x2 = rows_of(x)
     if dropout_p:
         op = dispatch.select("lora_add_train_", x)
         op(rows, x2, lora_a, lora_b, scaling, dropout_p, seed, dispatch.batch_invariant)
@@ -187,8 +199,8 @@ def _as_rows(y):
     """``y`` as a 2-D tensor over the same memory with unit column stride, or None where there is no such view."""
     if y.shape[-1] > 1 and y.stride(-1) != 1:
         return None
-    if y.dim() == 2:
-        return y
+    if y.dim() == 2 or y.numel() == 0:
+        return rows_of(y)
     try:
         return y.view(-1, y.shape[-1])
     except RuntimeError:

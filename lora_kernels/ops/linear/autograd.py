@@ -21,6 +21,11 @@ def stand_in(dy, lora_a):
     return dy.new_empty(dy.shape[0], lora_a.shape[-1])
 
 
+def rows_of(x):
+    """x (…, features) as a matrix; ``reshape(-1, features)`` can not tell the rows where there are no features."""
+    return x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
 class LoraLinear(torch.autograd.Function):
     @classmethod
     def apply(cls, compiling, *args):
@@ -73,8 +78,8 @@ class LoraAdd(torch.autograd.Function):
     def forward(ctx, y, x, lora_a, lora_b, scaling, dropout_p, seed):
         op = dispatch.select("lora_add_train_", x)
         ctx.invariant = dispatch.batch_invariant
-        x2 = x.reshape(-1, x.shape[-1])
-        h, mask = op(y.view(-1, y.shape[-1]), x2, lora_a, lora_b, scaling, dropout_p, seed, ctx.invariant)
+        x2 = rows_of(x)
+        h, mask = op(rows_of(y), x2, lora_a, lora_b, scaling, dropout_p, seed, ctx.invariant)
         ctx.mark_dirty(y)
         x2 = x2 if ctx.needs_input_grad[2] else None
         ctx.save_for_backward(x2, lora_a, lora_b, scaling, h, mask)
@@ -96,7 +101,7 @@ class LoraUpdate(torch.autograd.Function):
     def forward(ctx, x, lora_a, lora_b, scaling, dropout_p, seed):
         op = dispatch.select("lora_add_train_", x)
         ctx.invariant = dispatch.batch_invariant
-        x2 = x.reshape(-1, x.shape[-1])
+        x2 = rows_of(x)
         update = x.new_zeros((x2.shape[0], lora_b.shape[0]), dtype=wide_dtype(x))
         h, mask = op(update, x2, lora_a, lora_b, scaling, dropout_p, seed, ctx.invariant)
         ctx.save_for_backward(x2, lora_a, lora_b, scaling, h, mask)
@@ -114,7 +119,7 @@ def _of_update(ctx, dy, need_x, need_a, need_b):
     x, lora_a, lora_b, scaling, h, mask = ctx.saved_tensors
     if not (need_x or need_a or need_b):
         return None, None, None
-    dy = dy.reshape(-1, dy.shape[-1]).to(ctx.dtype).contiguous()
+    dy = rows_of(dy).to(ctx.dtype).contiguous()
     x = stand_in(dy, lora_a) if x is None else x
     op = dispatch.select("lora_linear_backward", x)
     dx, da, db = op(

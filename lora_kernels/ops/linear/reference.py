@@ -5,7 +5,8 @@
 
 Each function has the signature of its op (see ``ops/library.py``). ``h`` is handed on in float32; products of
 two tensors of one dtype run in that dtype, and where the adapter is float32 and ``x`` is not, ``x`` is cast a
-block of rows at a time. Where ``x`` is float64 all of it is.
+block of rows at a time. Where ``x`` is float64 all of it is. ``batch_invariant``: one row at a time, in
+memory of its own, as no GEMM library promises the same bits for another number of rows or another alignment.
 """
 
 import torch
@@ -17,8 +18,20 @@ from .dropout import dropout_mask, unpack_mask
 _ROWS = 4096
 
 
-def _blocks(num_rows):
-    return [slice(i, min(i + _ROWS, num_rows)) for i in range(0, num_rows, _ROWS)]
+def _blocks(num_rows, batch_invariant=False):
+    step = 1 if batch_invariant else _ROWS
+    return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
+
+
+def by_rows(product, x, batch_invariant):
+    """``product(x)``, of each row alone under ``batch_invariant``."""
+    if not batch_invariant or x.shape[0] == 0:
+        return product(x)
+    return torch.cat([product(row.clone()) for row in x.split(1)])
+
+
+def _part(x, rows, batch_invariant):
+    return x[rows].clone() if batch_invariant else x[rows]
 
 
 def _mm(left, right):
@@ -45,20 +58,20 @@ def _slices(lora_a, num_columns, out_splits):
     return result
 
 
-def shrink(x, lora_a, mask, dropout_p):
+def shrink(x, lora_a, mask, dropout_p, batch_invariant=False):
     """h = dropout(X) Aᵀ over all slices; float32, or float64 of float64; (M, S·R)."""
-    a = lora_a.reshape(-1, lora_a.shape[-1])
+    a = lora_a.flatten(0, -2)
     h = torch.empty(x.shape[0], a.shape[0], dtype=wide_dtype(x), device=x.device)
-    for rows in _blocks(x.shape[0]):
-        h[rows] = _mm(_kept(x[rows], mask[rows] if mask.numel() else mask), a.t())
+    for rows in _blocks(x.shape[0], batch_invariant):
+        h[rows] = _mm(_kept(_part(x, rows, batch_invariant), mask[rows] if mask.numel() else mask), a.t())
     return h.div_(1.0 - dropout_p)
 
 
-def expand_(y, h, lora_a, lora_b, scaling, out_splits):
+def expand_(y, h, lora_a, lora_b, scaling, out_splits, batch_invariant=False):
     """y += s · h Bᵀ, each slice into its columns, rounded once more."""
     for _, ranks, columns in _slices(lora_a, y.shape[1], out_splits):
         b = lora_b[columns]
-        for rows in _blocks(y.shape[0]):
+        for rows in _blocks(y.shape[0], batch_invariant):
             update = (h[rows, ranks] * scaling) @ b.t().to(h.dtype)
             y[rows, columns] = (wide(y[rows, columns]) + update).to(y.dtype)
 
@@ -73,15 +86,9 @@ def _draw(x, dropout_p, dropout_seed):
 
 def lora_linear_out(out, x, weight, bias, lora_a, lora_b, scaling, out_splits, batch_invariant):
     with torch.no_grad():
-        if batch_invariant:
-            # One row at a time: no GEMM library promises the same bits for another number of rows.
-            for row in range(x.shape[0]):
-                out[row : row + 1] = F.linear(x[row : row + 1], weight, bias)
-                h = shrink(x[row : row + 1], lora_a, _no_mask(x), 0.0)
-                expand_(out[row : row + 1], h, lora_a, lora_b, scaling, out_splits)
-            return
-        out.copy_(F.linear(x, weight, bias))
-        expand_(out, shrink(x, lora_a, _no_mask(x), 0.0), lora_a, lora_b, scaling, out_splits)
+        out.copy_(by_rows(lambda rows: F.linear(rows, weight, bias), x, batch_invariant))
+        h = shrink(x, lora_a, _no_mask(x), 0.0, batch_invariant)
+        expand_(out, h, lora_a, lora_b, scaling, out_splits, batch_invariant)
 
 
 def lora_linear(x, weight, bias, lora_a, lora_b, scaling, out_splits, batch_invariant):
@@ -93,9 +100,9 @@ def lora_linear(x, weight, bias, lora_a, lora_b, scaling, out_splits, batch_inva
 def lora_linear_train(x, weight, bias, lora_a, lora_b, scaling, dropout_p, dropout_seed, out_splits, batch_invariant):
     with torch.no_grad():
         mask = _draw(x, dropout_p, dropout_seed)
-        h = shrink(x, lora_a, mask, dropout_p)
-        y = F.linear(x, weight, bias)
-        expand_(y, h, lora_a, lora_b, scaling, out_splits)
+        h = shrink(x, lora_a, mask, dropout_p, batch_invariant)
+        y = by_rows(lambda rows: F.linear(rows, weight, bias), x, batch_invariant)
+        expand_(y, h, lora_a, lora_b, scaling, out_splits, batch_invariant)
         return y, h, mask
 
 
@@ -119,15 +126,17 @@ def lora_linear_backward(
         dx = x.new_empty(0)
         da, db = lora_a.new_empty(0), lora_b.new_empty(0)
         if need_x:
-            dx = x.new_zeros(x.shape) if weight is None else (dy @ weight).to(x.dtype)
+            base = None if weight is None else by_rows(lambda rows: rows @ weight, dy, batch_invariant)
+            dx = x.new_zeros(x.shape) if base is None else base.to(x.dtype)
         if need_a:
             da = torch.zeros(lora_a.shape, dtype=h.dtype, device=x.device)
         if need_b:
             db = torch.zeros(lora_b.shape, dtype=h.dtype, device=x.device)
         for index, (a, ranks, columns) in enumerate(_slices(lora_a, lora_b.shape[0], out_splits)):
             b = lora_b[columns]
-            for rows in _blocks(x.shape[0]):
-                block_dy, block_mask = dy[rows, columns], mask[rows] if mask.numel() else mask
+            for rows in _blocks(x.shape[0], batch_invariant):
+                block_dy = _part(dy[:, columns], rows, batch_invariant)
+                block_mask = mask[rows] if mask.numel() else mask
                 dh = _mm(block_dy, b) * (scaling / (1.0 - dropout_p))
                 if need_x:
                     low_rank = _kept(dh @ a.to(dh.dtype), block_mask)
@@ -142,17 +151,15 @@ def lora_linear_backward(
 
 def lora_add_(y, x, lora_a, lora_b, scaling, batch_invariant):
     with torch.no_grad():
-        step = 1 if batch_invariant else max(1, y.shape[0])
-        for row in range(0, y.shape[0], step):
-            rows = slice(row, row + step)
-            expand_(y[rows], shrink(x[rows], lora_a, _no_mask(x), 0.0), lora_a, lora_b, scaling, None)
+        h = shrink(x, lora_a, _no_mask(x), 0.0, batch_invariant)
+        expand_(y, h, lora_a, lora_b, scaling, None, batch_invariant)
 
 
 def lora_add_train_(y, x, lora_a, lora_b, scaling, dropout_p, dropout_seed, batch_invariant):
     with torch.no_grad():
         mask = _draw(x, dropout_p, dropout_seed)
-        h = shrink(x, lora_a, mask, dropout_p)
-        expand_(y, h, lora_a, lora_b, scaling, None)
+        h = shrink(x, lora_a, mask, dropout_p, batch_invariant)
+        expand_(y, h, lora_a, lora_b, scaling, None, batch_invariant)
         return h, mask
 
 

@@ -1,15 +1,17 @@
 """``merge_``, ``unmerge_`` and ``switch_``: the update into the weight, in place, in one pass; a list at a time too."""
 
 import itertools
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from .. import checks, cuda_choice, dispatch, library
 from ..linear.api import mark_written
 from ..scalars import scaling_tensor
 
 
-def merge_(weight, lora_a, lora_b, scaling, *, safe=False):
+def merge_(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor, *, safe: bool = False) -> Tensor:
     """``W ← W + scaling · B A`` in place, accumulated in float32 and rounded once.
 
     Args:
@@ -30,7 +32,7 @@ def merge_(weight, lora_a, lora_b, scaling, *, safe=False):
     return _apply(weight, lora_a, lora_b, scaling, 1.0, safe)
 
 
-def unmerge_(weight, lora_a, lora_b, scaling, *, safe=False):
+def unmerge_(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor, *, safe: bool = False) -> Tensor:
     """``W ← W − scaling · B A`` in place: the inverse of :func:`merge_` up to rounding. Arguments as there."""
     return _apply(weight, lora_a, lora_b, scaling, -1.0, safe)
 
@@ -47,7 +49,7 @@ def _apply(weight, lora_a, lora_b, scaling, sign, safe):
     return weight
 
 
-def merge_list_(weights, adapters):
+def merge_list_(weights: Iterable[Tensor], adapters: Iterable[tuple[Tensor, Tensor, float | Tensor]]) -> None:
     """:func:`merge_` over many weights, a whole model's at once: on a CPU in one call whose threads share all of the
     elements, on a GPU in a launch for every 35 weights.
 
@@ -64,7 +66,7 @@ def merge_list_(weights, adapters):
     _apply_list(weights, adapters, 1.0)
 
 
-def unmerge_list_(weights, adapters):
+def unmerge_list_(weights: Iterable[Tensor], adapters: Iterable[tuple[Tensor, Tensor, float | Tensor]]) -> None:
     """The inverse of :func:`merge_list_`, up to rounding. Arguments as there."""
     _apply_list(weights, adapters, -1.0)
 
@@ -153,7 +155,9 @@ def _span(weight):
     return start, start + (last + 1) * size
 
 
-def switch_(weight, old, new):
+def switch_(
+    weight: Tensor, old: tuple[Tensor, Tensor, float | Tensor], new: tuple[Tensor, Tensor, float | Tensor]
+) -> Tensor:
     """``W ← W − s_old · B_old A_old + s_new · B_new A_new`` in place, one pass, rounded once.
 
     Args:

@@ -1,16 +1,31 @@
 """``multi_lora_linear``, ``lora_shrink`` and ``lora_expand_``: one adapter a row, in one call."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import checks, dispatch
 from ..linear.api import autocast_dtype, flat_and_cast, mark_written
+from ..linear.autograd import rows_of
 from ..wide import wide_dtype
 from .autograd import MultiLoraLinear, live_part
-from .plan import check_plan
+from .plan import BatchPlan, check_plan
 
 
-def multi_lora_linear(x, weight, bias, a_bank, b_bank, slot_scalings, plan, *, out_splits=None, out=None):
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a_bank: Tensor | Sequence[Tensor],
+    b_bank: Tensor | Sequence[Tensor],
+    slot_scalings: Tensor,
+    plan: BatchPlan,
+    *,
+    out_splits: Sequence[int] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """``x Wᵀ + bias`` with, on each row, the update of the adapter in that row's slot (Punica, arXiv:2310.18547).
 
     Rows with slot −1 are bitwise what the same backend gives with no adapter. An Inf or NaN in one adapter
@@ -49,7 +64,8 @@ def multi_lora_linear(x, weight, bias, a_bank, b_bank, slot_scalings, plan, *, o
             checks.out(out, x.to(x2.dtype), weight)
             if grad:
                 raise ValueError("out: can not be combined with gradients; call under torch.no_grad()")
-            checks.in_place("out", out, x=x2, weight=weight, bias=bias)
+            banks = _by_name(a_bank, b_bank, listed)
+            checks.in_place("out", out, x=x2, weight=weight, bias=bias, slot_scalings=slot_scalings, **banks)
         if grad or forward_ad._current_level >= 0:  # the function refuses tangents
             if not listed and plan.slot_ranks is not None:
                 adapters = live_part(a_bank, b_bank, plan.slot_ranks, out_splits)
@@ -61,6 +77,14 @@ def multi_lora_linear(x, weight, bias, a_bank, b_bank, slot_scalings, plan, *, o
         raise
     y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
     return y if out is None else out.copy_(y)
+
+
+def _by_name(a_bank, b_bank, listed):
+    """The tensors of the adapters by the names that errors call them."""
+    if not listed:
+        return {"a_bank": a_bank, "b_bank": b_bank}
+    slots = enumerate(zip(a_bank, b_bank, strict=True))
+    return {f"{name}[{slot}]": tensor for slot, pair in slots for name, tensor in zip(("lora_a", "lora_b"), pair)}
 
 
 def _agree(x, a_bank, b_bank, slot_scalings, plan, listed):
@@ -79,8 +103,7 @@ def _explain_refusal(x, weight, bias, a_bank, b_bank, slot_scalings, plan, out_s
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype is not torch.float64:
         base = [value if value is None else value.to(dtype) for value in base]
-    x2 = base[0] if x.dim() < 2 else base[0].reshape(-1, x.shape[-1])
-    _check(x2, *base[1:], a_bank, b_bank, slot_scalings, plan, out_splits, listed)
+    _check(rows_of(base[0]) if x.dim() else x, *base[1:], a_bank, b_bank, slot_scalings, plan, out_splits, listed)
 
 
 def run(listed, x, weight, bias, slot_scalings, plan, out_splits, adapters):
@@ -94,7 +117,7 @@ def run(listed, x, weight, bias, slot_scalings, plan, out_splits, adapters):
     return op(x, weight, bias, *adapters, slot_scalings, plan.slot_ranks, *rows, out_splits, invariant)
 
 
-def lora_shrink(x, a_bank, plan, *, out=None):
+def lora_shrink(x: Tensor, a_bank: Tensor, plan: BatchPlan, *, out: Tensor | None = None) -> Tensor:
     """``h = x Aᵀ`` with each row's own A, for engines that run their own base product.
 
     Args:
@@ -106,6 +129,9 @@ def lora_shrink(x, a_bank, plan, *, out=None):
     Returns:
         float32 (num_tokens, max_rank) or (num_tokens, slices, max_rank); zero beyond the live rank and on
         rows with slot −1. No gradients.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device; the message names it.
     """
     checks.tensor("x", x, 2)
     checks.tensor("a_bank", a_bank, 3, 4)
@@ -113,7 +139,7 @@ def lora_shrink(x, a_bank, plan, *, out=None):
     checks.adapter_dtype("a_bank", a_bank, x.dtype)
     if a_bank.shape[-1] != x.shape[1]:
         raise ValueError(f"a_bank: expected last dimension in_features = {x.shape[1]}, got {tuple(a_bank.shape)}")
-    check_plan(plan, x.shape[0], a_bank.shape[0])
+    check_plan(plan, x.shape[0], a_bank.shape[0], a_bank.shape[1] if a_bank.dim() == 4 else 1)
     checks.same_device(x, a_bank=a_bank, plan=plan.row_order)
     _refuse_grad("lora_shrink", x=x, a_bank=a_bank)
     if out is not None:
@@ -129,7 +155,15 @@ def lora_shrink(x, a_bank, plan, *, out=None):
     return out.copy_(h)
 
 
-def lora_expand_(y, h, b_bank, slot_scalings, plan, *, out_splits=None):
+def lora_expand_(
+    y: Tensor,
+    h: Tensor,
+    b_bank: Tensor,
+    slot_scalings: Tensor,
+    plan: BatchPlan,
+    *,
+    out_splits: Sequence[int] | None = None,
+) -> Tensor:
     """``y += scaling · h Bᵀ`` in place with each row's own B; ``h`` comes from :func:`lora_shrink`.
 
     Args:
@@ -141,6 +175,10 @@ def lora_expand_(y, h, b_bank, slot_scalings, plan, *, out_splits=None):
 
     Returns:
         ``y``. No gradients.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device; the message names it. ``y`` is then
+            unchanged.
     """
     checks.tensor("y", y, 2)
     checks.floating("y", y)
@@ -153,7 +191,7 @@ def lora_expand_(y, h, b_bank, slot_scalings, plan, *, out_splits=None):
     checks.size("h", h, (y.shape[0], *slices, b_bank.shape[2]), "(num_tokens, [slices,] max_rank)")
     if h.dtype != wide_dtype(y):
         raise TypeError(f"h: expected {wide_dtype(y)}, got {h.dtype}")
-    check_plan(plan, y.shape[0], b_bank.shape[0])
+    check_plan(plan, y.shape[0], b_bank.shape[0], len(out_splits or (0,)))
     _check_scalings(slot_scalings, b_bank.shape[0], y)
     checks.same_device(y, h=h, b_bank=b_bank, plan=plan.row_order)
     _refuse_grad("lora_expand_", y=y, h=h, b_bank=b_bank)
@@ -199,6 +237,6 @@ def _check(x, weight, bias, a_bank, b_bank, slot_scalings, plan, out_splits, lis
             raise ValueError(f"b_bank: expected {a_bank.shape[0]} slots, as a_bank has, got {tuple(b_bank.shape)}")
         if a_bank.shape[0]:
             checks.adapter(a_bank[0], b_bank[0], *sizes, out_splits, where=" of the bank")
-    check_plan(plan, x.shape[0], len(a_bank))
+    check_plan(plan, x.shape[0], len(a_bank), None if listed else len(out_splits or (0,)))
     _check_scalings(slot_scalings, len(a_bank), x)
     checks.same_device(x, plan=plan.row_order)

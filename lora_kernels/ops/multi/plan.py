@@ -1,8 +1,10 @@
 """``BatchPlan``: which rows of a batch belong to which slot, sorted once and used by every layer."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from .. import checks
 
@@ -29,7 +31,9 @@ class BatchPlan:
     num_slots: int
 
     @classmethod
-    def empty(cls, max_tokens, num_slots, max_rank=None, device=None):
+    def empty(
+        cls, max_tokens: int, num_slots: int, max_rank: int | None = None, device: torch.device | str | None = None
+    ) -> "BatchPlan":
         """A plan with room for ``max_tokens`` rows, to be filled by ``plan_batch(..., out=plan)``.
 
         ``max_rank`` given: every slot starts with that live rank.
@@ -49,12 +53,18 @@ class BatchPlan:
         )
 
     @property
-    def max_tokens(self):
+    def max_tokens(self) -> int:
         """Rows that fit into the plan."""
         return self.token_slots.shape[0]
 
 
-def plan_batch(token_slots, slot_ranks=None, *, num_slots=None, out=None):
+def plan_batch(
+    token_slots: Tensor | Sequence[int],
+    slot_ranks: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    *,
+    num_slots: int | None = None,
+    out: BatchPlan | None = None,
+) -> BatchPlan:
     """Sorts the rows of a batch by slot. No host sync for slots that live on a GPU.
 
     Args:
@@ -133,8 +143,8 @@ def _fill(plan, slots, ranks):
     plan.num_tokens = num_tokens
 
 
-def check_plan(plan, num_rows, num_slots):
-    """The plan is for this batch and this bank."""
+def check_plan(plan, num_rows, num_slots, num_slices):
+    """The plan is for this batch and this bank; ``num_slices``: None where its ranks do not count."""
     if not isinstance(plan, BatchPlan):
         raise TypeError(f"plan: expected a BatchPlan (see plan_batch), got {type(plan).__name__}")
     if plan.num_tokens != num_rows:
@@ -143,3 +153,9 @@ def check_plan(plan, num_rows, num_slots):
         raise ValueError(f"plan: made for {plan.num_slots} slots, the bank has {num_slots}")
     if plan.slot_ranks is not None:
         checks.tensor("plan.slot_ranks", plan.slot_ranks, 1, 2)
+        shape = tuple(plan.slot_ranks.shape)
+        if shape[0] != num_slots:
+            raise ValueError(f"plan.slot_ranks: expected {num_slots} slots, got shape {shape}")
+        if num_slices is not None and shape[1:] not in ((), (1,), (num_slices,)):
+            expected = f"(num_slots) or (num_slots, slices = {num_slices})"
+            raise ValueError(f"plan.slot_ranks: expected {expected}, got shape {shape}")

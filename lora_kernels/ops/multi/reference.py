@@ -7,7 +7,7 @@ the live rank of a slot is computed. Signatures are the ops' own; segment bounds
 import torch
 import torch.nn.functional as F
 
-from ..linear.reference import expand_, lora_linear_backward, shrink
+from ..linear.reference import by_rows, expand_, lora_linear_backward, shrink
 from ..wide import wide_dtype
 
 
@@ -62,9 +62,7 @@ def lora_expand_(y, h, b_bank, slot_scalings, slot_ranks, row_order, segment_sta
 
 
 def _base(x, weight, bias, batch_invariant):
-    if batch_invariant and x.shape[0]:
-        return torch.cat([F.linear(row, weight, bias) for row in x.split(1)])
-    return F.linear(x, weight, bias)
+    return by_rows(lambda rows: F.linear(rows, weight, bias), x, batch_invariant)
 
 
 def multi_lora_linear(
