@@ -21,7 +21,10 @@ def _define_triton_kernels_for_the_interpreter():
         del os.environ["TRITON_INTERPRET"]
 
 
-if "TRITON_INTERPRET" not in os.environ and importlib.util.find_spec("triton") and not torch.cuda.is_available():
+_triton = importlib.util.find_spec("triton")
+if _triton is None or _triton.origin is None:  # the folder of the tests of Triton's kernels is found by that name
+    collect_ignore = ["triton"]
+elif "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
     _define_triton_kernels_for_the_interpreter()
 
 import lora_kernels as lk  # noqa: E402

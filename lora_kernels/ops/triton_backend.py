@@ -48,7 +48,8 @@ def _version(package):
 
 @functools.cache
 def _package_problem():
-    if importlib.util.find_spec("triton") is None:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:  # none, or a mere folder of that name
         return "triton is not installed (pip install 'triton>=3.6')"
     version, found = _version("triton")
     if found < OLDEST:

@@ -1,5 +1,7 @@
 """The Triton backend in dispatch: reasons, refusals, and the choice on CUDA tensors."""
 
+import importlib.machinery
+
 import pytest
 import torch
 
@@ -37,9 +39,10 @@ def test_versions(version, reason, monkeypatch):
     assert found is None if reason is None else reason in found
 
 
-def test_without_the_package(monkeypatch):
+@pytest.mark.parametrize("found", [None, importlib.machinery.ModuleSpec("triton", None)], ids=["none", "a folder"])
+def test_without_the_package(found, monkeypatch):
     triton_backend._package_problem.cache_clear()
-    monkeypatch.setattr(triton_backend.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_backend.importlib.util, "find_spec", lambda name: found)
     reason = dispatch.unavailable("triton")
     with pytest.raises(RuntimeError, match="backend 'triton' can not run here: triton is not installed"):
         lk.use_backend("triton").__enter__()
