@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.ops import lora_add_
+from lora_kernels.ops import grouped_lora_linear, lora_add_, multi_lora_linear, plan_batch
 from lora_kernels.testing import assert_within_budget, make_linear
 
 
@@ -31,6 +31,21 @@ def test_add_compiled_is_add(grad, dropout_p, dtype):
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for found in zip(results(compiled, dtype), results(step, dtype), results(step, torch.float64), strict=True):
         assert_within_budget(*found)
+
+
+@pytest.mark.parametrize("op", ["grouped_lora_linear", "multi_lora_linear"])
+def test_a_tensor_that_comes_twice(op):
+    x, weight, bias, a, b, s = make_linear(6, 16, 24, 4).args()
+    leaves, plan = [t.requires_grad_() for t in (x, a, b)], plan_batch([0, 1, -1] * 2, num_slots=2)
+
+    def step():
+        if op == "multi_lora_linear":
+            return multi_lora_linear(x, weight, bias, [a, a], [b, b], torch.ones(2), plan)
+        return torch.cat(grouped_lora_linear(x, [weight] * 2, [bias] * 2, [a] * 2, [b] * 2, [s] * 2))
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    found = [torch.autograd.grad(function().square().sum(), leaves) for function in (step, compiled)]
+    torch.testing.assert_close(*found)
 
 
 def _step(function, x, layer):

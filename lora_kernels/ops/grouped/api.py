@@ -5,6 +5,7 @@ from torch.autograd import forward_ad
 
 from .. import checks, dispatch
 from ..linear.api import autocast_dtype, lora_linear
+from ..linear.autograd import distinct
 from ..scalars import scaling_tensor
 from .autograd import GroupedLoraLinear, run
 
@@ -54,7 +55,7 @@ def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings):
     tensors = (*weights, *biases, *lora_a, *lora_b)
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x2, *tensors))
     if grad or forward_ad._current_level >= 0:  # the function refuses tangents
-        y = GroupedLoraLinear.apply(len(weights), x2, *tensors, *scalings)
+        y = GroupedLoraLinear.apply(len(weights), x2, *distinct([*tensors, *scalings]))
     else:
         y, _ = run(x2, list(weights), list(biases), list(lora_a), list(lora_b), scalings, False)
     return tuple(y) if x.dim() == 2 else tuple([part.view(*x.shape[:-1], part.shape[-1]) for part in y])

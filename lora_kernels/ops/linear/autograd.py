@@ -21,6 +21,14 @@ def stand_in(dy, lora_a):
     return dy.new_empty(dy.shape[0], lora_a.shape[-1])
 
 
+def distinct(tensors):
+    """Under a compiler, which takes no tensor twice, views of those that come again."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    before = [any(tensor is other for other in tensors[:i]) for i, tensor in enumerate(tensors)]
+    return [t.view_as(t) if again else t for t, again in zip(tensors, before, strict=True)]
+
+
 class LoraLinear(torch.autograd.Function):
     @classmethod
     def apply(cls, compiling, *args):

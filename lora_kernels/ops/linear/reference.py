@@ -47,7 +47,7 @@ def _slices(lora_a, num_columns, out_splits):
 
 def shrink(x, lora_a, mask, dropout_p):
     """h = dropout(X) Aᵀ over all slices; float32, or float64 of float64; (M, S·R)."""
-    a = lora_a.reshape(-1, lora_a.shape[-1])
+    a = lora_a.flatten(0, -2)
     h = torch.empty(x.shape[0], a.shape[0], dtype=wide_dtype(x), device=x.device)
     for rows in _blocks(x.shape[0]):
         h[rows] = _mm(_kept(x[rows], mask[rows] if mask.numel() else mask), a.t())

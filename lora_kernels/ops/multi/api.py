@@ -5,6 +5,7 @@ from torch.autograd import forward_ad
 
 from .. import checks, dispatch
 from ..linear.api import autocast_dtype, flat_and_cast, mark_written
+from ..linear.autograd import distinct
 from ..wide import wide_dtype
 from .autograd import MultiLoraLinear, live_part
 from .plan import check_plan
@@ -53,7 +54,7 @@ def multi_lora_linear(x, weight, bias, a_bank, b_bank, slot_scalings, plan, *, o
         if grad or forward_ad._current_level >= 0:  # the function refuses tangents
             if not listed and plan.slot_ranks is not None:
                 adapters = live_part(a_bank, b_bank, plan.slot_ranks, out_splits)
-            y = MultiLoraLinear.apply(listed, x2, weight, bias, slot_scalings, plan, out_splits, *adapters)
+            y = MultiLoraLinear.apply(listed, x2, weight, bias, slot_scalings, plan, out_splits, *distinct(adapters))
         else:
             y = run(listed, x2, weight, bias, slot_scalings, plan, out_splits, adapters)
     except (RuntimeError, AttributeError, IndexError, TypeError):
