@@ -4,7 +4,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import checks, dispatch
-from ..linear.api import autocast_dtype, lora_linear
+from ..linear.api import autocast_dtype, cast_factors, lora_linear
 from ..linear.autograd import distinct
 from ..scalars import scaling_tensor
 from .autograd import GroupedLoraLinear, run
@@ -21,7 +21,8 @@ def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings):
         x: (…, in_features); float32, float16 or bfloat16.
         weights: a tensor (out_features, in_features) a projection, dtype of ``x``; widths may differ.
         biases: None, or (out_features) or None a projection.
-        lora_a: (rank, in_features) a projection, dtype of ``x`` or float32, one dtype for all; ranks may differ.
+        lora_a: (rank, in_features) a projection, dtype of ``x`` (under autocast any) or float32, one for all; ranks may
+            differ.
         lora_b: (out_features, rank) a projection, one dtype for all.
         scalings: float or 0-d tensor a projection.
 
@@ -39,6 +40,7 @@ def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings):
     if dtype is not None and x.dtype is not torch.float64:
         x2, weights = x2.to(dtype), [weight.to(dtype) for weight in weights]
         biases = [bias if bias is None else bias.to(dtype) for bias in biases]
+        lora_a, lora_b = cast_factors(lora_a, dtype), cast_factors(lora_b, dtype)
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         with checks.of(f"projection {i}"):
             checks.linear(x2, weight, bias, lora_a[i], lora_b[i], None)

@@ -31,6 +31,11 @@ def flat_and_cast(x, weight, bias):
     return x2, weight, bias, device_type
 
 
+def cast_factors(factors, dtype):
+    """Factors for a product in autocast's dtype: in it, or in float32."""
+    return [factor if factor.dtype in (dtype, torch.float32) else factor.to(dtype) for factor in factors]
+
+
 def lora_linear(
     x,
     weight,

@@ -4,7 +4,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import checks, dispatch
-from ..linear.api import autocast_dtype, flat_and_cast, mark_written
+from ..linear.api import autocast_dtype, cast_factors, flat_and_cast, mark_written
 from ..linear.autograd import distinct
 from ..wide import wide_dtype
 from .autograd import MultiLoraLinear, live_part
@@ -35,6 +35,11 @@ def multi_lora_linear(x, weight, bias, a_bank, b_bank, slot_scalings, plan, *, o
     listed = isinstance(a_bank, (list, tuple))
     try:
         x2, weight, bias, device_type = flat_and_cast(x, weight, bias)
+        if autocast_dtype(device_type) is x2.dtype:
+            if listed:
+                a_bank, b_bank = cast_factors(a_bank, x2.dtype), cast_factors(b_bank, x2.dtype)
+            else:
+                a_bank, b_bank = cast_factors((a_bank, b_bank), x2.dtype)
         native = not dispatch.check_first and device_type == "cpu" and not torch.compiler.is_compiling()
         if not (native and _agree(x2, a_bank, b_bank, slot_scalings, plan, listed)):
             _check(x2, weight, bias, a_bank, b_bank, slot_scalings, plan, out_splits, listed)
