@@ -314,6 +314,20 @@ def test_forward_mode_is_refused(backend):
             torch.func.jvp(call, (case.x,), (case.x,))
 
 
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.functionalize, torch.func.jacrev])
+def test_function_transforms_are_refused_by_name(backend, transform):
+    x, weight, bias, a, b, s = make_linear(3, 8, 8, 2).args()
+    out = torch.empty(3, 8)
+    calls = [
+        (lambda x: lora_add_(F.linear(x, weight), x, a, b, s), "y", x),
+        (lambda x: lora_linear(x, weight, bias, a, b, s, out=out), "out", x),
+        (lambda w: lk.ops.merge_(w, a, b, s), "weight", weight),
+    ]
+    for call, name, value in calls:
+        with pytest.raises(RuntimeError, match=f"{name}: written in place, which the transforms of torch.func"):
+            transform(call)(value[None] if transform is torch.vmap else value)
+
+
 def test_nan_in_unwritten_memory_never_shows(backend, monkeypatch):
     """Every output element is written: fresh memory is NaN here."""
     for shape in [(5, 33, 17, 3), (0, 8, 8, 2), (64, 130, 70, 9)]:
