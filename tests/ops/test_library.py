@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 import lora_kernels as lk
 from lora_kernels import _native
@@ -100,6 +101,13 @@ def test_every_op_is_sampled():
 def test_opcheck(name):
     for args in _samples()[name]:
         torch.library.opcheck(library.op(name), args)
+
+
+@pytest.mark.parametrize("name", sorted(set(library.SCHEMAS) - {"merge_exact_", "unmerge_exact_", "switch_exact_"}))
+def test_opcheck_of_the_references_in_float64(name):
+    for args in _samples()[name]:
+        args = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, args)
+        torch.library.opcheck(library.reference_op(name), args)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
