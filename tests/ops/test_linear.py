@@ -286,6 +286,17 @@ def test_add_gradients(backend, dropout_p, leading):
         torch.testing.assert_close(grad.double(), exact[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("of", [lambda y: y, lambda y: y.view(2, 3, 8)[1]])
+def test_adding_to_a_leaf_is_refused_before_it_is_written(backend, of):
+    case, leaf = make_linear(3, 8, 8, 2), torch.zeros(6, 8, requires_grad=True)
+    y = of(leaf)
+    with pytest.raises(ValueError, match="y: a leaf that requires grad, or a view of one"):
+        lora_add_(y, case.x if len(y) == 3 else torch.cat([case.x] * 2), *case.args()[3:])
+    assert (leaf == 0).all()
+    with torch.no_grad():
+        assert lora_add_(y, case.x if len(y) == 3 else torch.cat([case.x] * 2), *case.args()[3:]) is y
+
+
 def test_second_derivative_is_refused(backend):
     case = make_linear(3, 8, 8, 2)
     case.x.requires_grad_()

@@ -169,6 +169,8 @@ def lora_add_(y, x, lora_a, lora_b, scaling, *, dropout_p=0.0, dropout_seed=None
         y.requires_grad or x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
     )
     grad = grad and not dispatch.jit_traces()
+    if grad and y.requires_grad and (y if y._base is None else y._base).is_leaf:
+        raise ValueError("y: a leaf that requires grad, or a view of one, can not be written in place; pass y.clone()")
     if grad and torch.compiler.is_compiling():
         return y.add_(LoraUpdate.apply(x, lora_a, lora_b, scaling, dropout_p, seed))
     rows = _as_rows(y)
