@@ -66,7 +66,10 @@ class LowRank(torch.Tensor):
         rule = _RULES.get(function)
         # What has been made whole stays so: it may have been written to.
         if rule is not None and not any(isinstance(arg, LowRank) and arg.dense for arg in args):
-            result = rule(*args, **kwargs)
+            try:
+                result = rule(*args, **kwargs)
+            except TypeError:  # by names, or with options, that the rule does not know
+                result = None
             if result is not None:
                 return result
         args, kwargs = tree_map_only(LowRank, LowRank.whole, (args, kwargs))
@@ -302,8 +305,10 @@ def _embedding(ids, low, padding_idx=None, max_norm=None, norm_type=2.0, scale_g
     if not isinstance(low, LowRank) or max_norm is not None or scale_grad_by_freq or sparse or low.dim() != 2:
         return None
     rows = F.embedding(ids, low.weight, padding_idx)
+    padding = None if padding_idx is None else (ids == padding_idx % len(low.weight)).unsqueeze(-1)
     for left, right in low.factors(low.dtype):
-        rows = rows + F.embedding(ids, left, padding_idx) @ right
+        update = F.embedding(ids, left) @ right
+        rows = rows + (update if padding is None else torch.where(padding, update.detach(), update))
     return rows
 
 

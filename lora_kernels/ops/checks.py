@@ -108,6 +108,10 @@ def in_place(name, value, **others):
     """A tensor that is written: no element twice in memory, no memory shared with what is read."""
     if torch.compiler.is_compiling():
         return  # no addresses to compare while tracing
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{name}: written in place, which the transforms of torch.func (vmap, grad, ...) do not support"
+        )
     if not value.is_contiguous():
         _no_element_twice(name, value)
     for other, read in others.items():

@@ -47,6 +47,7 @@ _kernels = {
 }
 REFERENCE = {name: _counted(name, kernel) for name, kernel in _kernels.items()}
 HANDLES = {name: library.op(name) for name in library.SCHEMAS}
+_OPAQUE = {name: library.reference_op(name) for name in library.SCHEMAS}
 library.register_reference(REFERENCE)
 cuda_choice.register(REFERENCE, lambda: forced)
 _native.load()
@@ -100,6 +101,9 @@ def use_backend(backend: str = "auto", *, batch_invariant: bool | None = None) -
 def _set(backend, invariant):
     """Makes the setting; returns the one before."""
     global forced, forced_device, batch_invariant, check_first
+    if backend == "cpu":
+        for name in library.SCHEMAS:  # a compiler can not ask
+            library.has_cpu_kernel(name)
     before = forced, batch_invariant
     forced = backend
     forced_device = "cpu" if backend == "cpu" or (backend == "triton" and triton_backend.interpreted()) else "cuda"
@@ -111,8 +115,13 @@ def _set(backend, invariant):
 def select(name, tensor):
     """The callable that runs op ``name`` for ``tensor`` under the present setting; float64 is the reference's."""
     if forced is None:
-        return REFERENCE[name] if tensor.dtype is torch.float64 else HANDLES[name]
+        return _reference(name) if tensor.dtype is torch.float64 else HANDLES[name]
     return pick(name, tensor)
+
+
+def _reference(name):
+    """For a compiler as an op: the references count their calls and read what a plan holds."""
+    return _OPAQUE[name] if torch.compiler.is_compiling() else REFERENCE[name]
 
 
 def pick(name, tensor):
@@ -120,7 +129,7 @@ def pick(name, tensor):
     if forced == refused_backend:
         raise RuntimeError(refusal)
     if forced == "reference":
-        return REFERENCE[name]
+        return _reference(name)
     if tensor.dtype is torch.float64:
         raise RuntimeError(f"{name}: backend {forced!r} has no kernel for float64; the reference has")
     if tensor.device.type != forced_device:

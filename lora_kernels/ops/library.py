@@ -19,6 +19,8 @@ import functools
 
 import torch
 
+from .wide import wide_dtype
+
 _LINEAR = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor scaling, "
     "int[]? out_splits, bool batch_invariant"
@@ -94,10 +96,14 @@ SCHEMAS = {
 NAMESPACE = "lora_kernels"
 # The C++ CUDA kernels, beside which Triton's live: ``cuda_choice.py`` picks. Never called through but from there.
 CUDA_NAMESPACE = "lora_kernels_cuda"
+# The references as ops of their own: what a compiler calls where they are asked for by name or by dtype.
+REFERENCE_NAMESPACE = "lora_kernels_reference"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _cuda_library = torch.library.Library(CUDA_NAMESPACE, "DEF")
+_reference_library = torch.library.Library(REFERENCE_NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _reference_library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _cuda_library.define(_name + _schema)
 
 
@@ -106,10 +112,16 @@ def op(name):
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def reference_op(name):
+    """The overload that runs the reference, whatever the device and the dtype."""
+    return getattr(getattr(torch.ops, REFERENCE_NAMESPACE), name).default
+
+
 def register_reference(kernels):
     """Registers ``{name: function}`` as the kernels that every device falls back to."""
     for name, kernel in kernels.items():
-        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        for library in (_library, _reference_library):
+            library.impl(name, kernel, "CompositeExplicitAutograd")
 
 
 def register_cuda(kernels):
@@ -154,6 +166,7 @@ def _fake(name):
             return function(*args)
 
         torch.library.register_fake(f"{NAMESPACE}::{name}", on_one_device, lib=_library)
+        _reference_library.impl(name, function, "Meta")  # a hundredth of the time that register_fake takes
 
     return register
 
@@ -180,7 +193,7 @@ def _(out, x, weight, bias, lora_a, lora_b, scaling, out_splits, batch_invariant
 def _(x, weight, bias, lora_a, lora_b, scaling, dropout_p, dropout_seed, out_splits, batch_invariant):
     return (
         x.new_empty((x.shape[0], weight.shape[0])),
-        x.new_empty(_h_shape(x, lora_a), dtype=torch.float32),
+        x.new_empty(_h_shape(x, lora_a), dtype=wide_dtype(x)),
         x.new_empty(_mask_shape(x, dropout_p), dtype=torch.uint8),
     )
 
@@ -217,7 +230,7 @@ def _(y, x, lora_a, lora_b, scaling, batch_invariant):
 @_fake("lora_add_train_")
 def _(y, x, lora_a, lora_b, scaling, dropout_p, dropout_seed, batch_invariant):
     return (
-        x.new_empty(_h_shape(x, lora_a), dtype=torch.float32),
+        x.new_empty(_h_shape(x, lora_a), dtype=wide_dtype(x)),
         x.new_empty(_mask_shape(x, dropout_p), dtype=torch.uint8),
     )
 
@@ -252,7 +265,7 @@ def _(dy, x, weight, lora_a, lora_b, slot_scalings, row_order, segment_starts, o
 @_fake("grouped_lora_linear")
 def _(x, weights, biases, lora_a, lora_b, scalings, y, need_h, batch_invariant):
     columns = sum(a.shape[0] for a in lora_a)
-    return x.new_empty((x.shape[0], columns) if need_h else (0,), dtype=torch.float32)
+    return x.new_empty((x.shape[0], columns) if need_h else (0,), dtype=wide_dtype(x))
 
 
 @_fake("grouped_lora_backward")
@@ -262,7 +275,7 @@ def _(x, dy, weights, lora_a, lora_b, scalings, h, da, db, need_x, batch_invaria
 
 @_fake("lora_shrink")
 def _(x, a_bank, slot_ranks, row_order, segment_starts, batch_invariant):
-    return x.new_empty((x.shape[0], *a_bank.shape[1:-1]), dtype=torch.float32)
+    return x.new_empty((x.shape[0], *a_bank.shape[1:-1]), dtype=wide_dtype(x))
 
 
 @_fake("lora_expand_")
@@ -292,7 +305,7 @@ def _(weight, old_a, old_b, old_scaling, new_a, new_b, new_scaling):
 
 @_fake("row_norm")
 def _(weight, lora_a, lora_b, scaling):
-    return weight.new_empty((weight.shape[0],), dtype=torch.float32)
+    return weight.new_empty((weight.shape[0],), dtype=wide_dtype(weight))
 
 
 @_fake("lora_embedding")

@@ -2,10 +2,20 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 import lora_kernels as lk
 from lora_kernels import _native
-from lora_kernels.ops import dispatch, library, lora_add_, lora_linear, merge_, multi_lora_linear, plan_batch
+from lora_kernels.ops import (
+    dispatch,
+    grouped_lora_linear,
+    library,
+    lora_add_,
+    lora_linear,
+    merge_,
+    multi_lora_linear,
+    plan_batch,
+)
 from lora_kernels.testing import make_linear, make_multi
 
 
@@ -91,6 +101,13 @@ def test_every_op_is_sampled():
 def test_opcheck(name):
     for args in _samples()[name]:
         torch.library.opcheck(library.op(name), args)
+
+
+@pytest.mark.parametrize("name", sorted(set(library.SCHEMAS) - {"merge_exact_", "unmerge_exact_", "switch_exact_"}))
+def test_opcheck_of_the_references_in_float64(name):
+    for args in _samples()[name]:
+        args = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, args)
+        torch.library.opcheck(library.reference_op(name), args)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -200,6 +217,25 @@ def test_autocast(backend, adapter_dtype):
     assert case.weight.grad.dtype == torch.float32
     assert case.x.grad.dtype == torch.float32
     assert case.lora_a.grad.dtype == adapter_dtype
+
+
+@pytest.mark.parametrize("form", ["bank", "list", "grouped"])
+def test_autocast_to_another_half_precision_than_that_of_the_adapters(form, backend):
+    x, weight, bias, a, b, s = make_linear(6, 24, 16, 4, torch.float16).args()
+    plan, leaves = plan_batch([0, -1, 0] * 2, num_slots=1), [t.requires_grad_() for t in (x, a, b)]
+    with torch.autocast("cpu", torch.bfloat16):
+        if form == "grouped":
+            (y,) = grouped_lora_linear(x, [weight], [bias], [a], [b], [s])
+        else:
+            banks = ([a], [b]) if form == "list" else (a[None], b[None])
+            y = multi_lora_linear(x, weight, bias, *banks, s[None], plan)
+        expected = lora_linear(x, weight, bias, a, b, s)
+    assert y.dtype == torch.bfloat16
+    rows = slice(None) if form == "grouped" else slice(0, None, 3)
+    found = [torch.autograd.grad(t[rows].float().square().sum(), leaves) for t in (y, expected)]
+    for ours, wanted in zip((y[rows], *found[0]), (expected[rows], *found[1]), strict=True):
+        assert ours.dtype == wanted.dtype
+        torch.testing.assert_close(ours, wanted, rtol=2e-2, atol=2e-2)
 
 
 def test_inference_mode(backend):

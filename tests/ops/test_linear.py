@@ -24,6 +24,8 @@ DTYPES = [
 SHAPES = [
     (1, 1, 1, 1),
     (0, 8, 8, 2),
+    (3, 0, 6, 2),
+    (3, 8, 0, 2),
     (1, 64, 48, 8),
     (3, 37, 29, 5),
     (8, 128, 96, 16),
@@ -336,6 +338,17 @@ def test_add_gradients(backend, dropout_p, leading):
         torch.testing.assert_close(grad.double(), exact[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("of", [lambda y: y, lambda y: y.view(2, 3, 8)[1]])
+def test_adding_to_a_leaf_is_refused_before_it_is_written(backend, of):
+    case, leaf = make_linear(3, 8, 8, 2), torch.zeros(6, 8, requires_grad=True)
+    y = of(leaf)
+    with pytest.raises(ValueError, match="y: a leaf that requires grad, or a view of one"):
+        lora_add_(y, case.x if len(y) == 3 else torch.cat([case.x] * 2), *case.args()[3:])
+    assert (leaf == 0).all()
+    with torch.no_grad():
+        assert lora_add_(y, case.x if len(y) == 3 else torch.cat([case.x] * 2), *case.args()[3:]) is y
+
+
 def test_second_derivative_is_refused(backend):
     case = make_linear(3, 8, 8, 2)
     case.x.requires_grad_()
@@ -362,6 +375,20 @@ def test_forward_mode_is_refused(backend):
                 call(dual)
         with pytest.raises(RuntimeError):
             torch.func.jvp(call, (case.x,), (case.x,))
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.functionalize, torch.func.jacrev])
+def test_function_transforms_are_refused_by_name(backend, transform):
+    x, weight, bias, a, b, s = make_linear(3, 8, 8, 2).args()
+    out = torch.empty(3, 8)
+    calls = [
+        (lambda x: lora_add_(F.linear(x, weight), x, a, b, s), "y", x),
+        (lambda x: lora_linear(x, weight, bias, a, b, s, out=out), "out", x),
+        (lambda w: lk.ops.merge_(w, a, b, s), "weight", weight),
+    ]
+    for call, name, value in calls:
+        with pytest.raises(RuntimeError, match=f"{name}: written in place, which the transforms of torch.func"):
+            transform(call)(value[None] if transform is torch.vmap else value)
 
 
 def test_nan_in_unwritten_memory_never_shows(backend, monkeypatch):

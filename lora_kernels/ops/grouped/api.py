@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import checks, dispatch
-from ..linear.api import autocast_dtype, lora_linear
-from ..linear.autograd import rows_of
+from ..linear.api import autocast_dtype, cast_factors, lora_linear
+from ..linear.autograd import distinct, rows_of
 from ..scalars import scaling_tensor
 from .autograd import GroupedLoraLinear, run
 
@@ -31,7 +31,8 @@ def grouped_lora_linear(
         x: (…, in_features); float32, float16 or bfloat16.
         weights: a tensor (out_features, in_features) a projection, dtype of ``x``; widths may differ.
         biases: None, or (out_features) or None a projection.
-        lora_a: (rank, in_features) a projection, dtype of ``x`` or float32, one dtype for all; ranks may differ.
+        lora_a: (rank, in_features) a projection, dtype of ``x`` (under autocast any) or float32, one for all; ranks may
+            differ.
         lora_b: (out_features, rank) a projection, one dtype for all.
         scalings: float or 0-d tensor a projection.
 
@@ -49,6 +50,7 @@ def grouped_lora_linear(
     if dtype is not None and x.dtype is not torch.float64:
         x2, weights = x2.to(dtype), [weight.to(dtype) for weight in weights]
         biases = [bias if bias is None else bias.to(dtype) for bias in biases]
+        lora_a, lora_b = cast_factors(lora_a, dtype), cast_factors(lora_b, dtype)
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         with checks.of(f"projection {i}"):
             checks.linear(x2, weight, bias, lora_a[i], lora_b[i], None)
@@ -65,7 +67,7 @@ def grouped_lora_linear(
     tensors = (*weights, *biases, *lora_a, *lora_b)
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x2, *tensors))
     if grad or forward_ad._current_level >= 0:  # the function refuses tangents
-        y = GroupedLoraLinear.apply(len(weights), x2, *tensors, *scalings)
+        y = GroupedLoraLinear.apply(len(weights), x2, *distinct([*tensors, *scalings]))
     else:
         y, _ = run(x2, list(weights), list(biases), list(lora_a), list(lora_b), scalings, False)
     return tuple(y) if x.dim() == 2 else tuple([part.view(*x.shape[:-1], part.shape[-1]) for part in y])

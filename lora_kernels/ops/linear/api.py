@@ -34,6 +34,11 @@ def flat_and_cast(x, weight, bias):
     return x2, weight, bias, device_type
 
 
+def cast_factors(factors, dtype):
+    """Factors for a product in autocast's dtype: in it, or in float32."""
+    return [factor if factor.dtype in (dtype, torch.float32) else factor.to(dtype) for factor in factors]
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -176,6 +181,8 @@ def lora_add_(
         y.requires_grad or x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
     )
     grad = grad and not dispatch.jit_traces()
+    if grad and y.requires_grad and (y if y._base is None else y._base).is_leaf:
+        raise ValueError("y: a leaf that requires grad, or a view of one, can not be written in place; pass y.clone()")
     if grad and torch.compiler.is_compiling():
         return y.add_(LoraUpdate.apply(x, lora_a, lora_b, scaling, dropout_p, seed))
     rows = _as_rows(y)

@@ -26,6 +26,14 @@ def rows_of(x):
     return x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
+def distinct(tensors):
+    """Under a compiler, which takes no tensor twice, views of those that come again."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    before = [any(tensor is other for other in tensors[:i]) for i, tensor in enumerate(tensors)]
+    return [t.view_as(t) if again else t for t, again in zip(tensors, before, strict=True)]
+
+
 class LoraLinear(torch.autograd.Function):
     @classmethod
     def apply(cls, compiling, *args):

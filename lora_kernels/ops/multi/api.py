@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import checks, dispatch
-from ..linear.api import autocast_dtype, flat_and_cast, mark_written
-from ..linear.autograd import rows_of
+from ..linear.api import autocast_dtype, cast_factors, flat_and_cast, mark_written
+from ..linear.autograd import distinct, rows_of
 from ..wide import wide_dtype
 from .autograd import MultiLoraLinear, live_part
 from .plan import BatchPlan, check_plan
@@ -49,6 +49,11 @@ def multi_lora_linear(
     listed = isinstance(a_bank, (list, tuple))
     try:
         x2, weight, bias, device_type = flat_and_cast(x, weight, bias)
+        if autocast_dtype(device_type) is x2.dtype:
+            if listed:
+                a_bank, b_bank = cast_factors(a_bank, x2.dtype), cast_factors(b_bank, x2.dtype)
+            else:
+                a_bank, b_bank = cast_factors((a_bank, b_bank), x2.dtype)
         native = not dispatch.check_first and device_type == "cpu" and not torch.compiler.is_compiling()
         if not (native and _agree(x2, a_bank, b_bank, slot_scalings, plan, listed)):
             _check(x2, weight, bias, a_bank, b_bank, slot_scalings, plan, out_splits, listed)
@@ -69,7 +74,7 @@ def multi_lora_linear(
         if grad or forward_ad._current_level >= 0:  # the function refuses tangents
             if not listed and plan.slot_ranks is not None:
                 adapters = live_part(a_bank, b_bank, plan.slot_ranks, out_splits)
-            y = MultiLoraLinear.apply(listed, x2, weight, bias, slot_scalings, plan, out_splits, *adapters)
+            y = MultiLoraLinear.apply(listed, x2, weight, bias, slot_scalings, plan, out_splits, *distinct(adapters))
         else:
             y = run(listed, x2, weight, bias, slot_scalings, plan, out_splits, adapters)
     except (RuntimeError, AttributeError, IndexError, TypeError):
