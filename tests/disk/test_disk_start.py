@@ -50,6 +50,7 @@ CASES = {
         {"target_modules": ["k_proj", "up_proj"], "r": 3, "rank_pattern": {"k_proj": 5}, "use_rslora": True},
     ),
     "narrow": (llama, {"target_modules": ["k_proj"], "r": 30}),  # whose weight has 24 rows
+    "head": (llama, {"target_modules": ["q_proj", "lm_head"], "r": 4}),  # PEFT saves what is left of the head, too
     "conv1d": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "r": 4}),
 }
 
@@ -58,7 +59,15 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("case", "init"),
-    [("linear", "pissa"), ("linear", "olora"), ("patterns", "pissa"), ("narrow", "olora"), ("conv1d", "pissa")],
+    [
+        ("linear", "pissa"),
+        ("linear", "olora"),
+        ("patterns", "pissa"),
+        ("narrow", "olora"),
+        ("head", "pissa"),
+        ("head", "olora"),
+        ("conv1d", "pissa"),
+    ],
 )
 def test_the_merge_of_the_loaded_model(case, init, dtype, tmp_path):
     make, options = CASES[case]
