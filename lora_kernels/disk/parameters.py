@@ -59,6 +59,12 @@ def parameter_terms(base, keys, adapter, edits, taken, problems, allow_tied):
             problems.append(f"{adapter.directory}: {path}: {error}")
 
 
+def _rank(adapter, parameter):
+    """Of its factors; what was taken from a matrix has no more than the matrix' smaller side."""
+    rank = rank_and_scaling(adapter.config, parameter.name)[0]
+    return min(rank, parameter.rows, parameter.columns) if adapter.start and parameter.experts is None else rank
+
+
 def _assign(base, keys, adapter, path, layers, allow_tied):
     """The :class:`Parameter` of each layer, and whether the stacks among them are transposed."""
     names = layers[0].names
@@ -69,7 +75,7 @@ def _assign(base, keys, adapter, path, layers, allow_tied):
         raise CheckpointError(unknown(keys, missing))
     ways = {}  # order of ``found`` -> the orientations in which all fit
     for order in itertools.permutations(range(len(found)), len(layers)):
-        fits = [found[i].fits(m, rank_and_scaling(adapter.config, found[i].name)[0]) for i, m in zip(order, layers)]
+        fits = [found[i].fits(m, _rank(adapter, found[i])) for i, m in zip(order, layers)]
         together = frozenset.intersection(*fits)
         if together:
             ways[order] = together

@@ -185,9 +185,10 @@ def _flag_is_trusted(base, adapter, placed):
 
 
 def _start(base, adapter, module, part):
-    """What the module took out of its weight when it was made; embeddings, and heads tied to them, never do."""
+    """What the module took out of its weight when it was made; embeddings, and heads tied to them, never do. Where the
+    adapter has the weight of a head beside the factors, it is what was left of it."""
     tied = adapter.config.ensure_weight_tying and base.tied and module.path.split(".")[-1] == "lm_head"
-    if adapter.start is None or module.is_embedding or tied:
+    if adapter.start is None or module.is_embedding or tied or f"{module.path}.weight" in adapter.full:
         return None
     if not part.whole and part.rows < module.b.shape[0]:
         raise CheckpointError(

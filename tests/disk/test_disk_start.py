@@ -50,6 +50,8 @@ CASES = {
         {"target_modules": ["k_proj", "up_proj"], "r": 3, "rank_pattern": {"k_proj": 5}, "use_rslora": True},
     ),
     "narrow": (llama, {"target_modules": ["k_proj"], "r": 30}),  # whose weight has 24 rows
+    "parameter": (llama, {"target_modules": [], "target_parameters": ["k_proj.weight"], "r": 30}),
+    "head": (llama, {"target_modules": ["q_proj", "lm_head"], "r": 4}),  # PEFT saves what is left of the head, too
     "conv1d": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "r": 4}),
 }
 
@@ -58,7 +60,16 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("case", "init"),
-    [("linear", "pissa"), ("linear", "olora"), ("patterns", "pissa"), ("narrow", "olora"), ("conv1d", "pissa")],
+    [
+        ("linear", "pissa"),
+        ("linear", "olora"),
+        ("patterns", "pissa"),
+        ("narrow", "olora"),
+        ("parameter", "olora"),
+        ("head", "pissa"),
+        ("head", "olora"),
+        ("conv1d", "pissa"),
+    ],
 )
 def test_the_merge_of_the_loaded_model(case, init, dtype, tmp_path):
     make, options = CASES[case]
@@ -78,7 +89,7 @@ def test_the_merge_of_the_loaded_model(case, init, dtype, tmp_path):
             assert torch.equal(tensor, before[name]), name
             continue
         a, b = (factors[f"{key}.lora_{kind}.weight"] for kind in "AB")
-        rank = options["r"] if case == "narrow" else len(a)
+        rank = options["r"] if case in ("narrow", "parameter") else len(a)
         scale = options.get("lora_alpha", 8) / (rank**0.5 if options.get("use_rslora") else rank)
         exact = exactly(before[name], a, b, scale, init, "fan_in_fan_out" in options)
         assert_within_budget(tensor, eager[name], exact, name)

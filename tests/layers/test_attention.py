@@ -176,3 +176,13 @@ def test_the_status_of_the_layer_is_pefts():
         for package in (lk, peft)
     )
     assert ours == theirs
+
+
+def test_a_bias_on_b_is_refused_where_peft_has_one_that_takes_no_part():
+    theirs = randomize(peft.get_peft_model(Model(), peft.LoraConfig(**CONFIG, lora_bias=True))).eval()
+    with torch.no_grad():
+        before = theirs(x())
+        theirs.base_model.model.attention.lora_B["default"].bias += 5
+        assert torch.allclose(theirs(x()), before, atol=1e-5)
+    with pytest.raises(ValueError, match="does not support lora_bias"):
+        lk.get_peft_model(Model(), lk.LoraConfig(**CONFIG, lora_bias=True))

@@ -273,3 +273,12 @@ def test_after_deleting_the_active_adapter_the_next_has_its_own_module():
         model.delete_adapter("default")
         outputs.append(torch.allclose(model(token_ids()), expected, rtol=1e-4, atol=1e-4))
     assert outputs == [False, True]
+
+
+def test_factors_of_an_embedding_in_half_precision_are_as_frozen_as_others():
+    found = []
+    for package in (peft, lk):
+        config = package.LoraConfig(target_modules=["embed", "q_proj"], r=2, inference_mode=True)
+        model = package.get_peft_model(tiny(dtype=torch.bfloat16), config)
+        found.append({name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad})
+    assert found == [{"lora_embedding_A", "lora_embedding_B"}, set()]
