@@ -43,7 +43,7 @@ def hotswap_adapter(model, model_name_or_path, adapter_name, torch_device=None, 
 
 
 def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config, parameter_prefix="lora_"):
-    """Puts tensors in the place of those of ``adapter_name``; a module that they have none for gets no update.
+    """Puts tensors in the place of those of ``adapter_name``; a module that they are not all there for gets no update.
 
     A smaller rank fills the leading part of what is there. Keys are those of ``model.state_dict()``, whatever
     ``parameter_prefix`` is. Raises as :func:`hotswap_adapter`.
@@ -166,7 +166,7 @@ def _check(paths, given, tensors, adapter_name):
         whole = a is not None and a.dim() > 0
         rank = a.shape[0] // _blocks(layer) * _groups(layer) if whole else layer.r[adapter_name]
         for own, shape in _shapes(layer, adapter_name, max(rank, _groups(layer))).items() if given[layer] else ():
-            (optional if own.endswith(".bias") else required)[f"{path}.{own}"] = shape
+            (required if ".lora_magnitude_vector." in own else optional)[f"{path}.{own}"] = shape
     check_tensors(tensors, required, optional)
 
 
