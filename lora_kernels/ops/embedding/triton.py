@@ -15,7 +15,7 @@ from . import triton_kernels
 def lora_embedding(ids, weight, lora_a, lora_b, scaling):
     with torch.no_grad():
         (num_rows,), (num_embeddings, width), rank = ids.shape, weight.shape, lora_a.shape[0]
-        y = weight.new_empty((num_rows, width))
+        y, ids = weight.new_empty((num_rows, width)), ids.contiguous()
         if y.numel() == 0:
             return y
         block_m, block_n = 16, 32 if host.INTERPRETED else 64 if lora_a.dtype == torch.float32 else 128

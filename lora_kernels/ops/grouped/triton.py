@@ -32,7 +32,7 @@ def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings, y, need_h,
         if tiles.path == "decode":
             _decode(y, x, weights, biases, lora_a, lora_b, scalings, tiles)
             return x.new_empty(0, dtype=torch.float32)
-        a = tuple(factor.contiguous() for factor in lora_a)
+        a = tuple(map(host.packed, lora_a))
         u = linear.shrink(
             x, a, tuple(scalings), lora_b[0].dtype, batch_invariant=batch_invariant, pdl=host.has_pdl(x), saved_h=h
         )

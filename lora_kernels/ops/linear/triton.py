@@ -35,13 +35,13 @@ def config_of(x, weight, lora_a, lora_b, batch_invariant):
 def shrink(x, lora_a, scaling, dtype, *, batch_invariant=False, pdl=False, saved_h=None, mask=None, multiplier=None):
     """U = s · h (M, S · padded rank) in ``dtype``, zero in the padding; h = x Aᵀ, lora_a (S, R, K).
 
-    Projections that share x: ``lora_a`` a tuple of contiguous (Rᵢ, K), ``scaling`` a tuple; each has the padded rank of
+    Projections that share x: ``lora_a`` a tuple of packed (Rᵢ, K), ``scaling`` a tuple; each has the padded rank of
     the largest. Training: ``saved_h`` (M, S · R) float32 receives h; ``mask`` and ``multiplier`` apply dropout to x.
     """
     one = lora_a[0]
     if isinstance(lora_a, tuple):
         listed, ranks = len(lora_a), tuple(a.shape[0] for a in lora_a)
-        num_slices, rank, strides = listed, max(ranks), (0, *one.stride())
+        num_slices, rank, strides = listed, max(ranks), (0, x.shape[1], 1)
     else:
         listed, ranks, (num_slices, rank), strides = 0, None, lora_a.shape[:2], lora_a.stride()
     block, padded = _padded(rank)
