@@ -122,11 +122,11 @@ def _two_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, batch_invari
     padded = u.shape[1] // len(out_splits or (0,))
     block_r = update_block(padded, switches)
     tiles_n = host.tiles_n(weight, out_splits, tiles.block_n)
-    programs = min(-(-x.shape[0] // tiles.block_m) * tiles_n, host.num_sms(x))
+    programs = host.num_sms(x)
     tma = tiles.tma and host.tma_ready(x, weight, u)
     blocks = ((x, tiles.block_m, tiles.block_k), (weight, tiles.block_n, tiles.block_k), (u, tiles.block_m, block_r))
     operands = [TensorDescriptor.from_tensor(t, [r, c]) if tma else t for t, r, c in blocks]
-    triton_kernels.two_pass_kernel[(programs,)](
+    triton_kernels.two_pass_kernel[(min(-(-x.shape[0] // tiles.block_m) * tiles_n, programs),)](
         y, *operands, bias, b, x.shape[0], weight.shape[0], x.shape[1], a.shape[1], padded,
         *y.stride(), *x.stride(), *weight.stride(), u.stride(0), *host.strides(bias), *b.stride(), tiles_n,
         TMA=tma, PDL=pdl, BLOCK_R=block_r, GROUP_M=tiles.group_m, NUM_PROGRAMS=programs,
