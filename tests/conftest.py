@@ -24,6 +24,8 @@ def _define_triton_kernels_for_the_interpreter():
 if "TRITON_INTERPRET" not in os.environ and importlib.util.find_spec("triton") and not torch.cuda.is_available():
     _define_triton_kernels_for_the_interpreter()
 
+from lost_gpu import pytest_runtest_makereport  # noqa: E402, F401
+
 import lora_kernels as lk  # noqa: E402
 from lora_kernels import _native  # noqa: E402
 from lora_kernels.ops import dispatch  # noqa: E402
