@@ -97,9 +97,9 @@ if "$PYTHON" -c 'import pytest_timeout' 2>/dev/null; then
 fi
 # $workers is several words. -rfEs: what was skipped is said, with the reason.
 tests() {
-  export PASSED="$folder/$1.passed" PASSED_BEFORE="$folder/$1.passed.before"
-  [ ! -e "$PASSED" ] || cp "$PASSED" "$PASSED_BEFORE"
-  run "$1" "$2" "$PYTHON" -m pytest $workers -q -rfEs -p no:cacheprovider -p tests.resumed "${@:3}"
+  local passed=$folder/$1.passed
+  [ ! -e "$passed" ] || cp "$passed" "$passed.before"
+  LORA_KERNELS_PASSED=$passed run "$1" "$2" "$PYTHON" -m pytest $workers -q -rfEs -p no:cacheprovider "${@:3}"
 }
 
 # The limits add up to ten minutes.

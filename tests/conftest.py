@@ -26,6 +26,13 @@ if "TRITON_INTERPRET" not in os.environ and importlib.util.find_spec("triton") a
 
 from lost_gpu import pytest_runtest_makereport  # noqa: E402, F401
 
+if "LORA_KERNELS_PASSED" in os.environ:
+    from resumed import (  # noqa: F401
+        pytest_collection_modifyitems,
+        pytest_runtest_logreport,
+        pytest_sessionfinish,
+    )
+
 import lora_kernels as lk  # noqa: E402
 from lora_kernels import _native  # noqa: E402
 from lora_kernels.ops import dispatch  # noqa: E402

@@ -1,7 +1,7 @@
-"""Tests that passed are not run again, so that ``bench/gpu.sh`` goes on with the others: `pytest -p tests.resumed`.
+"""Tests that passed are not run again, so that ``bench/gpu.sh`` goes on with the others.
 
-PASSED_BEFORE names a file of those to leave out, PASSED one to add to. The first stays as it is while tests run, as
-every process of pytest-xdist has to collect the same.
+LORA_KERNELS_PASSED names a file to add to; the one beside it, ``.before``, holds the tests to leave out. That one stays
+as it is while tests run: every process of pytest-xdist has to collect the same.
 """
 
 import os
@@ -11,7 +11,7 @@ import pytest
 
 
 def _known():
-    path = Path(os.environ["PASSED_BEFORE"])
+    path = Path(os.environ["LORA_KERNELS_PASSED"] + ".before")
     return set(path.read_text().splitlines()) if path.is_file() else set()
 
 
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_runtest_logreport(report):
     if report.when == "call" and report.passed and "PYTEST_XDIST_WORKER" not in os.environ:
-        with open(os.environ["PASSED"], "a") as file:
+        with open(os.environ["LORA_KERNELS_PASSED"], "a") as file:
             file.write(f"{report.nodeid}\n")
 
 

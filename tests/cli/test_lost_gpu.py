@@ -13,6 +13,7 @@ _CONFTEST = f"""
 import sys, types
 sys.path.append({str(TESTS)!r})
 from lost_gpu import pytest_runtest_makereport
+from resumed import *
 
 lost = []
 
@@ -43,7 +44,7 @@ def _run(folder, *words):
     (folder / "conftest.py").write_text(_CONFTEST)
     (folder / "test_them.py").write_text(_TESTS)
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *words, "test_them.py"]
-    environment = os.environ | {"PASSED": "passed", "PASSED_BEFORE": "before", "PYTHONPATH": str(TESTS.parent)}
+    environment = os.environ | {"LORA_KERNELS_PASSED": "passed"}
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
 
@@ -67,12 +68,12 @@ def test_a_single_process_stops_there(tmp_path):
 def test_tests_that_passed_are_not_run_again(workers, tmp_path):
     if "-n" in workers:
         pytest.importorskip("xdist")
-    words = (*workers, "-p", "tests.resumed", "--deselect", "test_them.py::test_illegal")
+    words = (*workers, "--deselect", "test_them.py::test_illegal")
     assert "1 failed, 1 passed" in _run(tmp_path, *words).stdout
     assert (tmp_path / "passed").read_text() == "test_them.py::test_last\n"
-    (tmp_path / "passed").rename(tmp_path / "before")
+    (tmp_path / "passed").rename(tmp_path / "passed.before")
     second = _run(tmp_path, *words).stdout
     assert "1 failed" in second
     assert "passed" not in second
-    (tmp_path / "before").write_text("test_them.py::test_last\ntest_them.py::test_wrong_bits\n")
+    (tmp_path / "passed.before").write_text("test_them.py::test_last\ntest_them.py::test_wrong_bits\n")
     assert _run(tmp_path, *words).returncode == 0
