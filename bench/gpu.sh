@@ -4,8 +4,11 @@
 #   bench/gpu.sh [--dry-run] [FOLDER] [PART …]     FOLDER: default bench/results/gpu/NAME_OF_THE_GPU
 #
 # Resumable: a part that ended well leaves FOLDER/PART.done and is not run again; remove that file to repeat it. A part
-# that ran out of its time goes on where it can: kernels stay compiled, a benchmark keeps its cases and tune its shapes.
+# that ran out of its time goes on where it can: kernels stay compiled, tests that passed are not run again, a benchmark
+# keeps its cases and tune its shapes.
 # A part that fails stops no other; the exit status is 1 then. A build that ends well makes all other parts run again.
+# A kernel that hangs or takes the GPU with it costs its own test or its own time, and is named (lora_kernels/bench/
+# watched.py; pytest-timeout and pytest-xdist, where they are there).
 # --dry-run prints each part, its limit in seconds and its command, and needs no GPU.
 # PYTHON names the interpreter (default python3); torch with CUDA, Triton and pytest are taken from there, and
 # pytest-xdist where it is there: most of the time of the tests is that of compiling kernels.
@@ -68,14 +71,15 @@ run() {  # run PART SECONDS COMMAND …
     return
   fi
   echo "== $part"
-  timeout "$limit" "$@" > >(tee "$folder/$part.log") 2>&1
+  # Interrupted, pytest says what has failed so far.
+  timeout --signal=INT --kill-after=15 "$limit" "$@" > >(tee "$folder/$part.log") 2>&1
   local status=$?
   case $status in
     0)
-      [ "$part" != build ] || rm -f "$folder"/*.done
+      [ "$part" != build ] || rm -f "$folder"/*.done "$folder"/*.passed*
       touch "$folder/$part.done"
       ;;
-    124) echo "== $part: out of its $limit s; the same command goes on" ;;
+    124 | 137) echo "== $part: out of its $limit s; the same command goes on" ;;
     *) echo "== $part: failed (exit $status), see $folder/$part.log" ;;
   esac
   [ $status = 0 ] || failed=1
@@ -88,8 +92,15 @@ if "$PYTHON" -c 'import xdist' 2>/dev/null; then
   cores=$(nproc)
   workers="-n $((cores < 8 ? cores : 8)) --dist worksteal"
 fi
+if "$PYTHON" -c 'import pytest_timeout' 2>/dev/null; then
+  workers+=" --timeout=60 --timeout-method=thread"
+fi
 # $workers is several words. -rfEs: what was skipped is said, with the reason.
-tests() { run "$1" "$2" "$PYTHON" -m pytest $workers -q -rfEs -p no:cacheprovider "${@:3}"; }
+tests() {
+  local passed=$folder/$1.passed
+  [ ! -e "$passed" ] || cp "$passed" "$passed.before"
+  LORA_KERNELS_PASSED=$passed run "$1" "$2" "$PYTHON" -m pytest $workers -q -rfEs -p no:cacheprovider "${@:3}"
+}
 
 # The limits add up to ten minutes.
 run build 150 env LORA_KERNELS_BUILD="${LORA_KERNELS_BUILD:-auto}" "$PYTHON" -m build_support

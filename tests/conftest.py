@@ -27,6 +27,15 @@ if _triton is None or _triton.origin is None:  # the folder of the tests of Trit
 elif "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
     _define_triton_kernels_for_the_interpreter()
 
+from lost_gpu import pytest_runtest_makereport  # noqa: E402, F401
+
+if "LORA_KERNELS_PASSED" in os.environ:
+    from resumed import (  # noqa: F401
+        pytest_collection_modifyitems,
+        pytest_runtest_logreport,
+        pytest_sessionfinish,
+    )
+
 import lora_kernels as lk  # noqa: E402
 from lora_kernels import _native  # noqa: E402
 from lora_kernels.ops import dispatch  # noqa: E402

@@ -45,7 +45,8 @@ class Notes:
         partial.replace(self.path)
 
     def under(self, stack):
-        """Forgets what was lost under another stack (of JSON's values)."""
+        """Forgets what was lost under another stack, which must be what JSON can hold."""
+        stack = json.loads(json.dumps(stack))
         if self.stack != stack:
             self.stack, self.lost, self.killed = stack, {}, {}
             self.write()

@@ -84,10 +84,11 @@ def has_pdl(tensor):
 
 
 def tma_ready(*tensors):
-    """Whether TMA descriptors can address these 2-D tensors: unit column stride, rows and base on 16 bytes, some
-    elements."""
+    """Whether TMA descriptors can address these 2-D tensors: unit column stride, rows that do not overlap, rows and
+    base on 16 bytes, some elements."""
     return all(
         tensor.stride(-1) == 1
+        and tensor.stride(0) >= tensor.shape[1]
         and tensor.stride(0) * tensor.element_size() % 16 == 0
         and tensor.data_ptr() % 16 == 0
         and tensor.numel() > 0
@@ -107,9 +108,16 @@ def descriptors(tensors, block):
 
 
 def aligned(tensor):
-    """Whether the matrix can be read 16 bytes at a time, along rows or along columns."""
+    """Whether the matrix is read 16 bytes at a time, along rows or along columns: Triton asks no more of a stride than
+    whether it is a multiple of 16 elements."""
     steps = sorted(tensor.stride())
-    return steps[0] <= 1 and steps[1] * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+    return steps[0] <= 1 and steps[1] % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+def packed(tensor):
+    """The tensor, or a copy, contiguous and on 16 bytes: one of several that a kernel picks from (``one_of``)."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def strides(tensor):

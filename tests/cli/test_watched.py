@@ -69,3 +69,13 @@ def test_what_is_at_work_whenever_the_run_is_ended_from_outside_is_left_out_in_t
     assert (tmp_path / "two").exists()
     lost = {"one": "was at work 2 times when the run was ended"}
     assert watched.Notes(notes.path).lost == ({} if times == 1 else lost)
+
+
+def test_what_was_lost_is_forgotten_under_another_stack_alone(tmp_path):
+    first = {"gpus": ("H100",), "commit": None}
+    for stack, kept in ((first, False), (first, True), ({}, False)):
+        notes = watched.Notes(tmp_path / "notes.json")
+        notes.under(stack)
+        assert ("one" in notes.lost) is kept
+        notes.at("one")
+        notes.lose("no answer")

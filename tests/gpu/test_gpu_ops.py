@@ -5,6 +5,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels.check import CHECKS, DTYPES, NEEDS
+from lora_kernels.ops import cuda_choice
 from lora_kernels.ops.dora.api import row_norm
 from lora_kernels.testing import (
     assert_within_budget,
@@ -208,9 +209,8 @@ def test_offsets_beyond_two_to_the_31(needs):
     assert_within_budget(y[-300:], eager_lora_linear(*case.args()), exact_lora_linear(*case.args()))
 
 
-def test_auto_takes_the_reference_for_what_no_gpu_has_proven(gpu_backend):
-    from lora_kernels.ops import cuda_choice
-
+def test_auto_takes_the_reference_for_what_no_gpu_has_proven(gpu_backend, monkeypatch):
+    monkeypatch.setattr(cuda_choice, "calls", {})
     case = make_linear(4, 64, 32, 4, device="cuda")
     with lk.use_backend("auto"):
         lk.ops.lora_linear(*case.args())

@@ -94,6 +94,32 @@ def test_without_dropout_nothing_is_drawn_and_no_kernel_knows_of_a_mask():
                 assert has_mask in (None, mask == "*u8"), kernel
 
 
+_ANY_ROWS = """
+import collections, json, torch
+from lora_kernels.ops.grouped import triton as grouped
+from lora_kernels.ops.linear import triton_train_cases as training
+from lora_kernels.testing import static_gate
+
+found = collections.defaultdict(set)
+sizes = {"features": 1024, "outputs": 1024}
+for rows in range(80, 8200, 400):
+    for case in (training._case("", rows, 16, torch.bfloat16, **sizes),
+                 grouped._case("", rows, (16, 16, 16), torch.bfloat16, **sizes | {"outputs": (1024, 256, 256)})):
+        for key, (src, *_) in static_gate.launches_of(case, 90).items():
+            found[case.name[:8] + src.fn.__name__].add(key)
+print(json.dumps({name: len(keys) for name, keys in found.items()}))
+"""
+
+
+def test_batches_of_other_sizes_compile_no_other_kernels():
+    """A variant takes a second to compile: there are those of the tiles, not one for each number of rows."""
+    command = [sys.executable, "-c", _ANY_ROWS]
+    run = subprocess.run(command, env=_ENVIRONMENT, capture_output=True, text=True, check=True)
+    variants = json.loads(run.stdout)
+    assert len(variants) > 8
+    assert {name: count for name, count in variants.items() if count > 4} == {}
+
+
 _BAD_CASES = """
 import dataclasses, functools, json, torch
 from lora_kernels.ops.linear import triton, triton_cases

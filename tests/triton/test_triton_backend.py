@@ -152,6 +152,21 @@ def test_two_launches_are_linked_only_where_the_gpu_can():
             assert host.has_pdl(torch.empty(0)) is linked
 
 
+def test_what_is_read_16_bytes_at_a_time_and_what_tma_takes():
+    """Triton knows of a stride no more than whether it is a multiple of 16; a tensor map has no rows that overlap."""
+    host = pytest.importorskip("lora_kernels.ops.triton_host")
+
+    def both(tensor):
+        return host.aligned(tensor), host.tma_ready(tensor)
+
+    plain = torch.empty((8, 64), dtype=torch.bfloat16)
+    assert both(plain) == both(plain[:, :48]) == (True, True)
+    assert both(plain.t()) == (True, False)
+    assert both(torch.empty((8, 1000), dtype=torch.bfloat16)) == (False, True)
+    assert both(torch.empty((8, 1001), dtype=torch.bfloat16)) == (False, False)
+    assert both(plain[:, 1:]) == both(plain[:1].expand(8, 64)) == both(plain[:, ::2]) == (False, False)
+
+
 def test_every_op_has_the_function_on_the_cuda_key():
     for name in library.SCHEMAS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_kernels::{name}", "CUDA"), name

@@ -48,6 +48,31 @@ def test_inference_of_three_projections_of_different_ranks(tokens, path, device,
         assert all(map(torch.equal, grouped_lora_linear(*case.args()), y))
 
 
+def test_a_first_adapter_of_rank_one_that_is_a_view(device):
+    """Its row stride means nothing, and is none of the others'."""
+    case = make_grouped(40, 64, (16, 24), (1, 3), device=device)
+    expected = grouped_lora_linear(*case.args())
+    case.lora_a[0] = torch.nn.functional.pad(case.lora_a[0], (0, 64))[:, :64]
+    assert case.lora_a[0].is_contiguous()
+    assert all(map(torch.equal, grouped_lora_linear(*case.args()), expected))
+
+
+def test_factors_of_a_flat_buffer_come_to_the_kernel_on_16_bytes(device, monkeypatch):
+    """The kernel reads 16 bytes at a time of one of several tensors: Triton does not see where each begins."""
+    case = make_grouped(40, 64, (16, 24), (4, 4), torch.float16, device=device)
+    expected, shrink, begin = grouped_lora_linear(*case.args()), triton_grouped.linear.shrink, []
+    flat = torch.cat([torch.zeros(1, dtype=torch.float16, device=device), *(a.flatten() for a in case.lora_a)])
+    case.lora_a = [flat[1 + 256 * i :][:256].view(4, 64) for i in range(2)]
+
+    def noted(x, lora_a, *args, **options):
+        begin.extend(a.data_ptr() % 16 for a in lora_a)
+        return shrink(x, lora_a, *args, **options)
+
+    monkeypatch.setattr(triton_grouped.linear, "shrink", noted)
+    assert all(map(torch.equal, grouped_lora_linear(*case.args()), expected))
+    assert begin == [0, 0]
+
+
 def test_more_projections_than_a_kernel_takes_descriptors_of(device):
     widths, ranks = (16, 8, 24, 8, 40), (4, 1, 3, 2, 5)
     case = make_grouped(37, 64, widths, ranks, torch.float16, device=device)

@@ -100,6 +100,22 @@ def _lists(case):
     return a, [case.b_bank[slot, :, :rank] for slot, rank in enumerate(ranks)]
 
 
+def test_scalings_that_are_apart(route, device):
+    case = make_multi(20, 40, 56, 12, 5, device=device)
+    lists = [[factor.clone().requires_grad_() for factor in bank.unbind()] for bank in (case.a_bank, case.b_bank)]
+    plan, h = plan_batch(case.token_slots, num_slots=5), torch.ones(20, 12, device=device)
+    rest = (case.x, case.weight, case.bias)
+
+    def results(scalings):
+        y = multi_lora_linear(*rest, *lists, scalings, plan)
+        found = [y, lora_expand_(torch.zeros_like(y).detach(), h, case.b_bank, scalings, plan)]
+        found.append(multi_lora_linear(*rest, case.a_bank, case.b_bank, scalings, plan))
+        return [*found, *torch.autograd.grad(y.sum(), [*lists[0], *lists[1]])]
+
+    apart = torch.stack([case.slot_scalings, torch.full_like(case.slot_scalings, torch.nan)], 1)[:, 0]
+    assert all(map(torch.equal, results(apart), results(case.slot_scalings)))
+
+
 def test_lists_of_many_and_of_two_dtypes(monkeypatch, device):
     case = make_multi(20, 40, 56, 12, 5, torch.float16, device=device)
     lora_a, lora_b = _lists(case)

@@ -49,6 +49,16 @@ def test_row_norm_refuses_other_dtypes(device):
         row_norm(case.weight, case.lora_a.double(), case.lora_b, 1.0)
 
 
+def test_ids_that_are_apart(device):
+    """The last token of each sequence, as a model that generates asks for it."""
+    case = make_embedding(20, 50, 24, 4, device=device)
+    ids, rest = case.ids.view(4, 5)[:, -1:], case.args()[1:]
+    assert torch.equal(lora_embedding(ids, *rest), lora_embedding(ids.clone(), *rest))
+    leaves = [case.lora_a.requires_grad_(), case.lora_b.requires_grad_()]
+    found = [torch.autograd.grad(lora_embedding(each, *rest).sum(), leaves) for each in (ids, ids.clone())]
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_embedding_and_its_gradients(dtypes, device):
     for shape, padding_idx in (((1, 3, 5, 1), None), ((40, 11, 37, 5), 3), ((18, 90, 48, 20), None)):

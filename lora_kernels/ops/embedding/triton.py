@@ -15,7 +15,7 @@ from . import triton_kernels
 def lora_embedding(ids, weight, lora_a, lora_b, scaling, batch_invariant):
     with torch.no_grad():
         (num_rows,), (num_embeddings, width), rank = ids.shape, weight.shape, lora_a.shape[0]
-        y = weight.new_empty((num_rows, width))
+        y, ids = weight.new_empty((num_rows, width)), ids.contiguous()
         if y.numel() == 0:
             return y
         # The tile is the same for any number of rows, so batch_invariant asks for nothing more.

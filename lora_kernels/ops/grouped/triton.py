@@ -32,7 +32,7 @@ def grouped_lora_linear(x, weights, biases, lora_a, lora_b, scalings, y, need_h,
         if tiles.path == "decode":
             _decode(y, x, weights, biases, lora_a, lora_b, scalings, tiles)
             return x.new_empty(0, dtype=torch.float32)
-        a = tuple(factor.contiguous() for factor in lora_a)
+        a = tuple(map(host.packed, lora_a))
         u = linear.shrink(
             x, a, tuple(scalings), lora_b[0].dtype, batch_invariant=batch_invariant, pdl=host.has_pdl(x), saved_h=h
         )
@@ -76,8 +76,8 @@ def _add_updates(ys, x, weights, biases, u, lora_b, lora_a, tiles):
     """ys[i] = x Wᵢᵀ + biasᵢ + uᵢ Bᵢᵀ in one launch."""
     ranks, widths = (tuple(factor.shape[dim] for factor in lora_b) for dim in (1, 0))
     padded, sizes = u.shape[1] // len(ranks), (tiles.block_m, tiles.block_n)
-    programs = min(-(-x.shape[0] // sizes[0]) * sum(-(-width // sizes[1]) for width in widths), host.num_sms(x))
-    if programs == 0:
+    num_tiles = -(-x.shape[0] // sizes[0]) * sum(-(-width // sizes[1]) for width in widths)
+    if num_tiles == 0:
         return
     switches = linear.switches_of(x, biases[0], lora_a[0], lora_b[0], None, tiles)
     del switches["WIDTHS"], switches["NUM_SLICES"]
@@ -90,10 +90,10 @@ def _add_updates(ys, x, weights, biases, u, lora_b, lora_a, tiles):
         operands = (x_operand, (None,), *described, u_operand)
     else:
         operands = (x, tuple(weights), *described, u)
-    pdl = host.has_pdl(x)
+    pdl, programs = host.has_pdl(x), host.num_sms(x)
     y_strides, w_strides, b_strides = ([tuple(t.stride(d) for t in g) for d in (0, 1)] for g in (ys, weights, lora_b))
     bias_strides = tuple(host.strides(bias)[0] for bias in biases)
-    triton_kernels.grouped_kernel[(programs,)](
+    triton_kernels.grouped_kernel[(min(num_tiles, programs),)](
         tuple(ys), *operands, tuple(biases), tuple(lora_b), *x.shape, widths, ranks, padded,
         *y_strides, *x.stride(), *w_strides, u.stride(0), bias_strides, *b_strides,
         NUM_LISTED=len(ranks), TMA=tma, PDL=pdl, BLOCK_R=block_r, GROUP_M=tiles.group_m, NUM_PROGRAMS=programs,

@@ -21,8 +21,9 @@ def grouped_kernel(
 ):  # fmt: skip
     """ys[i] (M, widths[i]) = x · weights[i]ᵀ + biases[i] + the i-th padded_rank columns of u · lora_bs[i]ᵀ.
 
-    Persistent. The tiles are numbered through all NUM_LISTED projections, so that no projection ends with a wave of its
-    own that is not full; operands as two_pass_tile, weight_i being the descriptor of weights[i].
+    Persistent: NUM_PROGRAMS, or one a tile where there are fewer. The tiles are numbered through all NUM_LISTED
+    projections, so that no projection ends with a wave of its own that is not full; operands as two_pass_tile, weight_i
+    being the descriptor of weights[i].
     """
     if TMA:
         weights = (weight_0, weight_1, weight_2, weight_3)

@@ -35,13 +35,13 @@ def config_of(x, weight, lora_a, lora_b, batch_invariant):
 def shrink(x, lora_a, scaling, dtype, *, batch_invariant=False, pdl=False, saved_h=None, mask=None, multiplier=None):
     """U = s · h (M, S · padded rank) in ``dtype``, zero in the padding; h = x Aᵀ, lora_a (S, R, K).
 
-    Projections that share x: ``lora_a`` a tuple of contiguous (Rᵢ, K), ``scaling`` a tuple; each has the padded rank of
+    Projections that share x: ``lora_a`` a tuple of packed (Rᵢ, K), ``scaling`` a tuple; each has the padded rank of
     the largest. Training: ``saved_h`` (M, S · R) float32 receives h; ``mask`` and ``multiplier`` apply dropout to x.
     """
     one = lora_a[0]
     if isinstance(lora_a, tuple):
         listed, ranks = len(lora_a), tuple(a.shape[0] for a in lora_a)
-        num_slices, rank, strides = listed, max(ranks), (0, *one.stride())
+        num_slices, rank, strides = listed, max(ranks), (0, x.shape[1], 1)
     else:
         listed, ranks, (num_slices, rank), strides = 0, None, lora_a.shape[:2], lora_a.stride()
     block, padded = _padded(rank)
@@ -122,11 +122,11 @@ def _two_pass(y, x, weight, bias, a, b, scaling, out_splits, tiles, batch_invari
     padded = u.shape[1] // len(out_splits or (0,))
     block_r = update_block(padded, switches)
     tiles_n = host.tiles_n(weight, out_splits, tiles.block_n)
-    programs = min(-(-x.shape[0] // tiles.block_m) * tiles_n, host.num_sms(x))
+    programs = host.num_sms(x)
     tma = tiles.tma and host.tma_ready(x, weight, u)
     blocks = ((x, tiles.block_m, tiles.block_k), (weight, tiles.block_n, tiles.block_k), (u, tiles.block_m, block_r))
     operands = [TensorDescriptor.from_tensor(t, [r, c]) if tma else t for t, r, c in blocks]
-    triton_kernels.two_pass_kernel[(programs,)](
+    triton_kernels.two_pass_kernel[(min(-(-x.shape[0] // tiles.block_m) * tiles_n, programs),)](
         y, *operands, bias, b, x.shape[0], weight.shape[0], x.shape[1], a.shape[1], padded,
         *y.stride(), *x.stride(), *weight.stride(), u.stride(0), *host.strides(bias), *b.stride(), tiles_n,
         TMA=tma, PDL=pdl, BLOCK_R=block_r, GROUP_M=tiles.group_m, NUM_PROGRAMS=programs,

@@ -73,7 +73,7 @@ def skinny(
             WIDTHS=tuple(out_splits or ()), NUM_SLICES=len(out_splits or ()), ALIGN=math.gcd(16, *widths),
             NEED_GRAD=right is not None, NEED_LOW=need_low, HAS_MASK=mask is not None, GATHER=segments is not None,
             PRECISION=precision, UPCAST=host.upcast(left, factor),
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_R=tiles.block_r, SPLIT=tiles.split,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_R=tiles.block_r,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     if need_low:
@@ -130,7 +130,7 @@ def input_gradient(dx, dys, weights, g, lora_a, *, mask=None, row_slots=None, ba
     low_precision = host.precision(dx, lora_a)
     crowded = row_slots is not None or len(dys) > 1 or tiles.block_n > 128
     tiles_n = -(-in_features // tiles.block_n)
-    programs = min(-(-num_rows // tiles.block_m) * tiles_n, host.num_sms(dx))
+    programs = host.num_sms(dx)
     widths = tuple(dy.shape[1] for dy in dys) or (0,)  # a kernel takes no empty tuple
     tma = tiles.tma and 0 < len(dys) <= host.MOST_DESCRIPTORS and host.tma_ready(*dys, *weights)
     strides = [tuple(t.stride(dim) for t in group) or (0,) for group in (dys, weights) for dim in (0, 1)]
@@ -138,7 +138,7 @@ def input_gradient(dx, dys, weights, g, lora_a, *, mask=None, row_slots=None, ba
     described = (dys, weights) if tma else ((), ())
     blocks = ([tiles.block_m, tiles.block_k], [tiles.block_k, tiles.block_n])
     described = (d for group, block in zip(described, blocks, strict=True) for d in host.descriptors(group, block))
-    triton_train_kernels.dx_kernel[(programs,)](
+    triton_train_kernels.dx_kernel[(min(-(-num_rows // tiles.block_m) * tiles_n, programs),)](
         dx, *operands, *described, g, lora_a, mask, row_slots, num_rows, in_features, widths, g.shape[1],
         -(-in_features // 8), *dx.stride(), *strides, g.stride(0),
         *lora_a.stride(), tiles_n,

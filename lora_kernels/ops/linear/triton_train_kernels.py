@@ -42,7 +42,7 @@ def skinny_kernel(
     WIDTHS: tl.constexpr, NUM_SLICES: tl.constexpr, ALIGN: tl.constexpr,
     NEED_GRAD: tl.constexpr, NEED_LOW: tl.constexpr,
     HAS_MASK: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """grads[split, slot, column, r] = s Σ_row left[row, column] · right[row, slice · rank + r]
     lows[strip, row, r] (contiguous) = s Σ_column left[row, column] · factor[slot, column, r]
@@ -69,7 +69,7 @@ def skinny_kernel(
     first, last = 0, num_rows
     if GATHER:
         first, last = tl.load(segment_starts + slot + 1), tl.load(segment_starts + slot + 2)
-    share = tl.cdiv(tl.cdiv(last - first, BLOCK_M), SPLIT) * BLOCK_M
+    share = tl.cdiv(tl.cdiv(last - first, BLOCK_M), tl.num_programs(1)) * BLOCK_M
     # A masked block is in registers: as the left operand of wgmma it would be serialised, so it becomes the right one.
     grad = tl.zeros((BLOCK_R, BLOCK_N) if HAS_MASK else (BLOCK_N, BLOCK_R), tl.float32)
     for place in range(first + split * share, tl.minimum(first + (split + 1) * share, last), BLOCK_M):

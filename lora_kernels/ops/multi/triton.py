@@ -82,16 +82,11 @@ def listed(lora_a, lora_b, num_slices):
     strides = ((0, 0, 0, 1), (0, 0, 1))
     sides = []
     for tensors, stride in zip((lora_a, lora_b), strides, strict=True):
-        tensors = [_packed(tensor) for tensor in tensors]
+        tensors = [host.packed(tensor) for tensor in tensors]
         tensors += tensors[-1:] * (padded - len(tensors))
         full = (*ranks, *ranks[-1:] * (padded - len(ranks)))
         sides.append(Side(tuple(tensors), full, stride, (0, 0), tensors[0], len(ranks), num_slices, max(ranks)))
     return sides
-
-
-def _packed(tensor):
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _bank_of(lora_a, lora_b):
@@ -227,6 +222,7 @@ def _decode(y, x, weight, bias, a, b, slot_scalings, row_order, segment_starts, 
 
 def run(x, weight, bias, a, b, slot_scalings, row_order, segment_starts, out_splits, tiles):
     """y with the given :class:`~.config.Config`; a and b are :class:`Side`."""
+    slot_scalings = slot_scalings.contiguous()
     if tiles.route == "vendor" and x.shape[0]:
         y = F.linear(x, weight, bias)
         planes = _planes(x, a, tiles.shrink.split)
@@ -288,7 +284,7 @@ def lora_expand_(y, h, b_bank, slot_scalings, slot_ranks, row_order, segment_sta
     with torch.no_grad():
         b = bank_b(b_bank, slot_ranks, len(out_splits or (0,)))
         tiles = _config("lora_expand_", y, None, y.shape[1], b, batch_invariant)
-        planes = h.contiguous().view(1, y.shape[0], b.columns)
+        planes, slot_scalings = h.contiguous().view(1, y.shape[0], b.columns), slot_scalings.contiguous()
         _expand(y, planes, b, slot_scalings, row_order, segment_starts, out_splits, tiles, y)
 
 

@@ -44,6 +44,7 @@ def multi_lora_backward(
     a_bank, b_bank = _bank(lora_a, -2), _bank(lora_b, -1)
     rank, stacked = b_bank.shape[2], a_bank.reshape(num_slots, a_bank.shape[1:-1].numel(), x.shape[1])
     rows = {"segments": (row_order, segment_starts), "num_slots": num_slots}
+    slot_scalings = slot_scalings.contiguous()
     h = None
     if db:
         _, lows = skinny(x, stacked.transpose(1, 2), None, need_low=True, **rows)
