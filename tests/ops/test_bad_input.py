@@ -60,6 +60,7 @@ LINEAR = [
     (linear(out=torch.empty(4, 15)), ValueError, "out: expected shape"),
     (linear(out=torch.empty(4, 16, dtype=HALF)), TypeError, "out: expected torch.float32"),
     (linear(out=torch.empty(4, 1).expand(4, 16)), ValueError, "out: its elements overlap"),
+    (linear(out=torch.empty(4, 16, requires_grad=True)), ValueError, "out: can not be combined with gradients"),
     (linear(out=torch.empty(4, 16), lora_a=torch.randn(4, 24, requires_grad=True)), ValueError, "out: can not be"),
 ]
 
@@ -105,6 +106,9 @@ def test_out_of_several_adapters_may_not_alias_one(backend, name):
     banks = [case.a_bank, case.b_bank]
     banks = [list(bank) for bank in banks] if name.startswith("lora") else banks
     before = out.clone()
+    with pytest.raises(ValueError, match="out: can not be combined with gradients"):
+        args = (case.x, case.weight, case.bias, *banks, case.slot_scalings, plan)
+        multi_lora_linear(*args, out=torch.empty(8, 8, requires_grad=True))
     with pytest.raises(ValueError, match=re.escape(f"out: shares memory with {name}")):
         multi_lora_linear(case.x, case.weight, case.bias, *banks, case.slot_scalings, plan, out=out)
     assert torch.equal(out, before)

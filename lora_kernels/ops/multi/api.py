@@ -61,7 +61,7 @@ def multi_lora_linear(
         )
         if out is not None:
             checks.out(out, x.to(x2.dtype), weight)
-            if grad:
+            if grad or (out.requires_grad and torch.is_grad_enabled()):
                 raise ValueError("out: can not be combined with gradients; call under torch.no_grad()")
             banks = _by_name(a_bank, b_bank, listed)
             checks.in_place("out", out, x=x2, weight=weight, bias=bias, slot_scalings=slot_scalings, **banks)
