@@ -106,11 +106,11 @@ def test_out_of_several_adapters_may_not_alias_one(backend, name):
     banks = [case.a_bank, case.b_bank]
     banks = [list(bank) for bank in banks] if name.startswith("lora") else banks
     before = out.clone()
+    args = (case.x, case.weight, case.bias, *banks, case.slot_scalings, plan)
     with pytest.raises(ValueError, match="out: can not be combined with gradients"):
-        args = (case.x, case.weight, case.bias, *banks, case.slot_scalings, plan)
         multi_lora_linear(*args, out=torch.empty(8, 8, requires_grad=True))
     with pytest.raises(ValueError, match=re.escape(f"out: shares memory with {name}")):
-        multi_lora_linear(case.x, case.weight, case.bias, *banks, case.slot_scalings, plan, out=out)
+        multi_lora_linear(*args, out=out)
     assert torch.equal(out, before)
 
 
