@@ -186,6 +186,7 @@ def lora_expand_(
     checks.splits(out_splits, y.shape[1])
     if b_bank.shape[1] != y.shape[1]:
         raise ValueError(f"b_bank: expected (num_slots, out_features = {y.shape[1]}, rank), got {tuple(b_bank.shape)}")
+    checks.tensor("h", h, 2, 3)
     slices = () if h.dim() == 2 else (len(out_splits or (0,)),)
     checks.size("h", h, (y.shape[0], *slices, b_bank.shape[2]), "(num_tokens, [slices,] max_rank)")
     if h.dtype != wide_dtype(y):
