@@ -6,7 +6,8 @@ weights, adapter and modes of then. At most one group's outputs are held a threa
 
 Layers stay apart with LoRA dropout (each draws its own mask), DoRA, several adapters, merged weights, hooks on a base
 layer, mixed batches, and under ``torch.compile``; a group whose members turn out to read different inputs dissolves.
-A write through ``.data`` between two projections of one forward is the one change that is not seen.
+A write between two projections of one forward through ``.data``, or into a tensor of inference mode (neither counts its
+versions), is the one change that is not seen.
 It runs only where the op is known to pay: see :func:`pays`.
 """
 

@@ -87,6 +87,11 @@ def adapter(lora_a, lora_b, in_features, out_features, dtype, device_of, out_spl
 def splits(out_splits, out_features):
     if out_splits is None:
         return
+    whole = isinstance(out_splits, (list, tuple)) and all(
+        isinstance(width, (int, torch.SymInt)) or hasattr(width, "__index__") for width in out_splits
+    )
+    if not whole:
+        raise TypeError(f"out_splits: expected a sequence of int, got {out_splits!r:.80}")
     if any(width < 0 for width in out_splits) or sum(out_splits) != out_features:
         raise ValueError(
             f"out_splits: expected widths that add up to out_features = {out_features}, got {list(out_splits)}"

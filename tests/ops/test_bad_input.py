@@ -13,6 +13,7 @@ from lora_kernels.ops import (
     lora_shrink,
     merge_,
     merge_exact_,
+    merge_list_,
     multi_lora_linear,
     plan_batch,
     switch_,
@@ -56,10 +57,14 @@ LINEAR = [
     (linear(dropout_p=-0.1), ValueError, "dropout_p"),
     (linear(dropout_p=0.5, dropout_seed=3), TypeError, "dropout_seed: expected a 0-d int64 tensor"),
     (linear(out_splits=[8, 9]), ValueError, "out_splits: expected widths that add up to out_features = 16"),
+    (linear(out_splits=16), TypeError, "out_splits: expected a sequence of int, got 16"),
+    (linear(out_splits=torch.tensor([8, 8])), TypeError, r"out_splits: expected a sequence of int, got tensor"),
+    (linear(out_splits=[8.0, 8.0]), TypeError, "out_splits: expected a sequence of int"),
     (linear(out_splits=[8, 8]), ValueError, "lora_a: expected a 3-D tensor"),
     (linear(out=torch.empty(4, 15)), ValueError, "out: expected shape"),
     (linear(out=torch.empty(4, 16, dtype=HALF)), TypeError, "out: expected torch.float32"),
     (linear(out=torch.empty(4, 1).expand(4, 16)), ValueError, "out: its elements overlap"),
+    (linear(out=torch.empty(4, 16, requires_grad=True)), ValueError, "out: can not be combined with gradients"),
     (linear(out=torch.empty(4, 16), lora_a=torch.randn(4, 24, requires_grad=True)), ValueError, "out: can not be"),
 ]
 
@@ -105,8 +110,11 @@ def test_out_of_several_adapters_may_not_alias_one(backend, name):
     banks = [case.a_bank, case.b_bank]
     banks = [list(bank) for bank in banks] if name.startswith("lora") else banks
     before = out.clone()
+    args = (case.x, case.weight, case.bias, *banks, case.slot_scalings, plan)
+    with pytest.raises(ValueError, match="out: can not be combined with gradients"):
+        multi_lora_linear(*args, out=torch.empty(8, 8, requires_grad=True))
     with pytest.raises(ValueError, match=re.escape(f"out: shares memory with {name}")):
-        multi_lora_linear(case.x, case.weight, case.bias, *banks, case.slot_scalings, plan, out=out)
+        multi_lora_linear(*args, out=out)
     assert torch.equal(out, before)
 
 
@@ -185,6 +193,8 @@ def test_multi(backend):
             lora_shrink(case.x, case.a_bank, ranks)
         with pytest.raises(ValueError, match=match):
             lora_expand_(torch.zeros(5, 16), torch.zeros(5, 4), case.b_bank, case.slot_scalings, ranks)
+    with pytest.raises(TypeError, match="h: expected a tensor, got list"):
+        lora_expand_(torch.zeros(5, 16), [0.0], case.b_bank, case.slot_scalings, plan)
     with pytest.raises(ValueError, match="h: expected shape"):
         lora_expand_(torch.zeros(5, 16), torch.zeros(5, 3), case.b_bank, case.slot_scalings, plan)
 
@@ -203,6 +213,8 @@ def test_merge_family():
         (lambda w: merge_(w, a, b, None), TypeError, "scaling: expected a float"),
         (lambda w: merge_(w[:1].expand(16, 24), a, b, 1.0), ValueError, "weight: its elements overlap"),
         (lambda w: merge_(w, w[:4], b, 1.0), ValueError, "weight: shares memory with lora_a"),
+        (lambda w: merge_list_(3, [(a, b, 1.0)]), TypeError, "weights: expected a sequence of tensors, got int"),
+        (lambda w: merge_list_([w], 3), TypeError, "adapters: expected a sequence of .*, got int"),
         (lambda w: switch_(w, (a, b), (a, b, 1.0)), TypeError, "old: expected"),
         (lambda w: switch_(w, (a, b, 1.0), (a, b[:3], 1.0)), ValueError, r"new\[1\] \(lora_b\): expected shape"),
     ]

@@ -85,6 +85,8 @@ def test_padding_and_ids_out_of_range():
     case = make_embedding(3, 9, 8, 2)
     with pytest.raises(ValueError, match="padding_idx: expected an entry of 9 embeddings, got 9"):
         lora_embedding(*case.args(), padding_idx=9)
+    with pytest.raises(TypeError, match="padding_idx: expected an int or None, got '2'"):
+        lora_embedding(*case.args(), padding_idx="2")
     case.ids[1] = 9
     with pytest.raises(IndexError):
         lora_embedding(*case.args())

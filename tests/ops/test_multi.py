@@ -290,9 +290,26 @@ def test_a_plan_keeps_ranks_of_its_own():
         (lambda: plan_batch([0, 1], [4, -1]), "slot_ranks: expected ranks >= 0, got -1"),
         (lambda: plan_batch([0, 1], [4, 2.7]), "slot_ranks: expected whole numbers"),
         (lambda: plan_batch([0] * 9, out=BatchPlan.empty(4, 2)), "at most 4 rows"),
+        (lambda: plan_batch([0], num_slots=-1), "num_slots: expected a whole number >= 0, got -1"),
+        (lambda: plan_batch([0], num_slots="3"), "num_slots: expected a whole number >= 0, got '3'"),
         (lambda: BatchPlan.empty(-1, 2), "max_tokens"),
     ],
 )
 def test_bad_plans(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plan_batch([0, None]), r"token_slots: expected integers, -1 for base only, got \[0, None\]"),
+        (lambda: plan_batch(["sql"]), "token_slots: expected integers"),
+        (lambda: plan_batch(3), "token_slots: expected integers.*got 3"),
+        (lambda: plan_batch([0], [None]), r"slot_ranks: expected whole numbers, got \[None\]"),
+        (lambda: plan_batch([0], out=torch.zeros(3)), "out: expected a BatchPlan .* got Tensor"),
+    ],
+)
+def test_plans_of_other_types(call, message):
+    with pytest.raises(TypeError, match=message):
         call()

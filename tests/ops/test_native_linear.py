@@ -202,6 +202,23 @@ def test_thread_count_changes_nothing(shape, p, invariant):
         assert all(torch.equal(p, q) for p, q in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batch_invariant_bits_do_not_follow_the_threads(dtype):
+    """Those of torch's own GEMM do, which is the base product of this shape otherwise."""
+    x, w, bias, a, b, s = problem((9, 512, 384, 16), dtype, dtype)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3, 8):
+            torch.set_num_threads(n)
+            y, h, mask = ops.lora_linear_train(x, w, bias, a, b, s, 0.0, None, None, True)
+            dx, *_ = ops.lora_linear_backward(y, x, w, a, b, s, h, mask, 0.0, None, True, False, False, True)
+            results.append([y, dx])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 def test_dropped_infinities_are_gone():
     x, w, bias, a, b, s = problem((20, 40, 30, 4), torch.float32, torch.float32)
     seed = torch.tensor(11)

@@ -84,6 +84,8 @@ def _check(ids, weight, lora_a, lora_b, padding_idx):
     checks.same_device(weight, ids=ids)
     if padding_idx is None:
         return -1
+    if not isinstance(padding_idx, int):
+        raise TypeError(f"padding_idx: expected an int or None, got {padding_idx!r}")
     if not -len(weight) <= padding_idx < len(weight):
         raise ValueError(f"padding_idx: expected an entry of {len(weight)} embeddings, got {padding_idx}")
     return padding_idx % len(weight)

@@ -129,7 +129,7 @@ def _explain_refusal(x, weight, bias, lora_a, lora_b, out_splits):
 def _write(out, x, x2, weight, bias, lora_a, lora_b, scaling, dropout_p, out_splits, grad):
     checks.out(out, x.to(x2.dtype), weight)
     checks.in_place("out", out, x=x2, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b, scaling=scaling)
-    if grad or dropout_p:
+    if grad or dropout_p or (out.requires_grad and torch.is_grad_enabled()):
         raise ValueError("out: can not be combined with gradients or dropout; call under torch.no_grad()")
     rows = _as_rows(out)
     if rows is None:

@@ -72,6 +72,9 @@ def unmerge_list_(weights: Iterable[Tensor], adapters: Iterable[tuple[Tensor, Te
 
 
 def _apply_list(weights, adapters, sign):
+    for name, value, what in (("weights", weights, "tensors"), ("adapters", adapters, "(lora_a, lora_b, scaling)")):
+        if not isinstance(value, Iterable):
+            raise TypeError(f"{name}: expected a sequence of {what}, got {type(value).__name__}")
     weights, adapters = list(weights), list(adapters)
     if len(weights) != len(adapters):
         raise ValueError(f"adapters: expected one for each of {len(weights)} weights, got {len(adapters)}")

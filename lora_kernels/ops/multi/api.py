@@ -67,7 +67,7 @@ def multi_lora_linear(
         grad = grad and not dispatch.jit_traces()
         if out is not None:
             checks.out(out, x.to(x2.dtype), weight)
-            if grad:
+            if grad or (out.requires_grad and torch.is_grad_enabled()):
                 raise ValueError("out: can not be combined with gradients; call under torch.no_grad()")
             banks = _by_name(a_bank, b_bank, listed)
             checks.in_place("out", out, x=x2, weight=weight, bias=bias, slot_scalings=slot_scalings, **banks)
@@ -192,6 +192,7 @@ def lora_expand_(
     checks.splits(out_splits, y.shape[1])
     if b_bank.shape[1] != y.shape[1]:
         raise ValueError(f"b_bank: expected (num_slots, out_features = {y.shape[1]}, rank), got {tuple(b_bank.shape)}")
+    checks.tensor("h", h, 2, 3)
     slices = () if h.dim() == 2 else (len(out_splits or (0,)),)
     checks.size("h", h, (y.shape[0], *slices, b_bank.shape[2]), "(num_tokens, [slices,] max_rank)")
     if h.dtype != wide_dtype(y):

@@ -74,9 +74,14 @@ def plan_batch(
         out: a plan of ``BatchPlan.empty`` to refill in place.
 
     Raises:
+        TypeError: what is no tensor nor sequence of integers, or an ``out`` that is no plan.
         ValueError: a slot outside −1 … num_slots − 1 (checked where that needs no sync), too many rows for
             ``out``, or sizes that disagree.
     """
+    if out is not None and not isinstance(out, BatchPlan):
+        raise TypeError(f"out: expected a BatchPlan (see BatchPlan.empty), got {type(out).__name__}")
+    if num_slots is not None and (not isinstance(num_slots, int) or num_slots < 0):
+        raise ValueError(f"num_slots: expected a whole number >= 0, got {num_slots!r}")
     device = out.token_slots.device if out is not None else None
     slots = token_slots if isinstance(token_slots, torch.Tensor) else _from_sequence(token_slots)
     if slots.dim() != 1 or slots.is_floating_point() or slots.dtype == torch.bool:
@@ -97,7 +102,10 @@ def plan_batch(
 
 
 def _ranks(slot_ranks):
-    ranks = torch.as_tensor(slot_ranks)
+    try:
+        ranks = torch.as_tensor(slot_ranks)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"slot_ranks: expected whole numbers, got {slot_ranks!r:.80}") from None
     if ranks.dim() not in (1, 2):
         raise ValueError(f"slot_ranks: expected (num_slots) or (num_slots, slices), got {tuple(ranks.shape)}")
     if ranks.numel() and (ranks.is_floating_point() or ranks.is_complex() or ranks.dtype is torch.bool):
@@ -109,7 +117,10 @@ def _ranks(slot_ranks):
 
 
 def _from_sequence(token_slots):
-    return torch.tensor(list(token_slots)) if len(token_slots) else torch.empty(0, dtype=torch.int32)
+    try:
+        return torch.tensor(list(token_slots)) if len(token_slots) else torch.empty(0, dtype=torch.int32)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"token_slots: expected integers, -1 for base only, got {token_slots!r:.80}") from None
 
 
 def _num_slots(slots, ranks, num_slots, out):
