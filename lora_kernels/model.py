@@ -182,6 +182,8 @@ class PeftModel(StoredModel, HubModel, nn.Module):
         quantised = any(getattr(model, kind, False) for kind in kinds)
         if not quantised and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
+        elif not quantised and hasattr(model, "get_input_embeddings"):
+            model.get_input_embeddings().register_forward_hook(_require_grad)
 
     def print_trainable_parameters(self) -> None:
         """One line: how many parameters train."""
@@ -241,3 +243,7 @@ class PeftModel(StoredModel, HubModel, nn.Module):
         finally:
             if False in before:
                 self.base_model._enable(parts)  # a layer that was wrapped inside is enabled from the start
+
+
+def _require_grad(module, inputs, output):
+    output.requires_grad_(True)

@@ -282,3 +282,16 @@ def test_factors_of_an_embedding_in_half_precision_are_as_frozen_as_others():
         model = package.get_peft_model(tiny(dtype=torch.bfloat16), config)
         found.append({name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad})
     assert found == [{"lora_embedding_A", "lora_embedding_B"}, set()]
+
+
+def test_outputs_of_embeddings_require_gradients_when_that_is_asked_for():
+    found = []
+    for package in (peft, lk):
+        base = tiny()
+        embed = base.embed
+        base.get_input_embeddings = lambda embed=embed: embed
+        model = package.get_peft_model(base, package.LoraConfig(target_modules=["q_proj"], inference_mode=True))
+        before = model(token_ids()).requires_grad
+        model.prepare_model_for_gradient_checkpointing(base)
+        found.append((before, model(token_ids()).requires_grad))
+    assert found == [(True, True), (False, True)]
