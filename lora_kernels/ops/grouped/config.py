@@ -29,13 +29,13 @@ def choose(
         tiles = linear.choose(num_tokens, in_features, sum(widths), rank, itemsize, capability, **rules)
         if tiles.path != "decode" or tiles.split_k > 1:  # all columns do not fill the GPU: K is split for each
             return APART
-        # Four warps of several projections spill a few bytes on sm_100.
-        return dataclasses.replace(tiles, num_warps=8) if capability >= (10, 0) else tiles
+        # Four warps of several projections spill a few bytes on sm_100, and where every element needs an address.
+        return dataclasses.replace(tiles, num_warps=8) if capability >= (10, 0) or not aligned else tiles
     # Where every element needs an address of its own, larger tiles of several projections spill.
     small = batch_invariant or not aligned or len(widths) > MOST_WEIGHTS
-    sizes = (itemsize, capability)
+    sizes, width = (itemsize, capability), min(widths, key=lambda width: (width % 16 == 0, -width))
     for held in (rank, linear.DECODE_RANK + 1):  # a rank too large for one pass
-        tiles = linear.choose(num_tokens, in_features, max(widths), held, *sizes, batch_invariant=small, **rules)
+        tiles = linear.choose(num_tokens, in_features, width, held, *sizes, batch_invariant=small, **rules)
         if tiles.path == "two_pass":
             break
     return tiles

@@ -130,7 +130,8 @@ def grouped_lora_backward(x, dy, weights, lora_a, lora_b, scalings, h, da, db, n
 KERNELS = {"grouped_lora_linear": grouped_lora_linear, "grouped_lora_backward": grouped_lora_backward}
 
 
-def _case(name, rows, ranks, dtype, adapter=None, *, features=4096, outputs=(4096, 1024, 1024), train=True):
+def _case(name, rows, ranks, dtype, adapter=None, *, features=4096, outputs=(4096, 1024, 1024), train=True,
+          archs=(80, 90, 100)):  # fmt: skip
     """Forward, and backward with ``train``."""
     adapter = adapter or dtype
 
@@ -154,7 +155,7 @@ def _case(name, rows, ranks, dtype, adapter=None, *, features=4096, outputs=(409
         none |= dict.fromkeys(("shrink_kernel", "skinny_kernel", "dx_kernel", "grouped_kernel"), "none")
     else:
         none |= dict.fromkeys(("dx_kernel", "grouped_kernel", "grouped_decode_kernel"), "wide")
-    return host.StaticCase(f"grouped {name} M{rows} ranks {tuple(ranks)}", call, none)
+    return host.StaticCase(f"grouped {name} M{rows} ranks {tuple(ranks)}", call, none, archs)
 
 
 _ODD = (4001, 1021, 1023)
@@ -179,5 +180,8 @@ def STATIC_CASES():
         gate_up("bf16, adapters f32, gate and up,", 8192, (16, 16), bf16, f32),
         _case("f16, adapters f32,", 8192, (16, 16, 16), f16, f32),
         _case("bf16, odd sizes,", 8192, (13, 5, 13), bf16, features=4099, outputs=_ODD),
+        _case("bf16, sizes of 1000, inference,", 64, (16, 16), bf16, features=1000, outputs=(1000, 1000), train=False),
+        # On sm_100 a few bytes spill.
+        _case("bf16, a width of 1000,", 8192, (8, 8), bf16, outputs=(4096, 1000), archs=(80, 90)),
         _case("f32", 8192, (16, 16, 16), f32),
     ]

@@ -80,9 +80,10 @@ def choose(
         return Config("two_pass", 64, 64, 32, 4, 2)
     if not wgmma:
         return Config("two_pass", 128, 128, 32, 8, 3 if large_memory else 2)
-    if num_tokens <= 512 or mixed or not by_rows:
-        # Read through pointers, 128 columns spill on sm_100 under Triton 3.6.
-        block_n = 64 if not by_rows and capability >= (10, 0) else 128
+    if num_tokens <= 512 or mixed or not by_rows or out_features % 16:
+        # Where rows of y begin at no multiple of 16 elements, stores of 256 columns spill, on sm_100 of 128, as do
+        # reads of 128 through pointers under Triton 3.6.
+        block_n = 64 if capability >= (10, 0) and (out_features % 16 or not by_rows) else 128
         return Config("two_pass", 128, block_n, 64, 8, 3, tma=True)
     return Config("two_pass", 128, 256, 64, 8, 3, tma=True)
 

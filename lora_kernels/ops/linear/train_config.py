@@ -54,7 +54,7 @@ def skinny(num_rows, strips_of, rank, num_slots, itemsize, mixed, masked, aligne
         block_m, block_n, warps, stages, widest = 32, 64, 4, 2, 16
     elif not aligned:  # its reads can not be asynchronous: stages would fetch nothing ahead and cost registers
         block_m, block_n, warps, stages, widest = 64, 128, 8, 1, 64
-    elif masked or capability not in LARGE_MEMORY:
+    elif masked or capability not in LARGE_MEMORY or (num_slots > 1 and capability != (9, 0)):  # 256 columns spill
         block_m, block_n, warps, stages, widest = 64, 128, 8, 2, 64
     else:
         block_m, block_n, warps, stages, widest = 64, 256, 8, 3, 64
@@ -73,7 +73,7 @@ def input_gradient(num_rows, itemsize, mixed, masked, aligned, several, capabili
     """The :class:`~.config.Config` of the GEMM that makes dX. Pure; arguments as of :func:`skinny`.
 
     Args:
-        aligned: dY and the weight can be read 16 bytes at a time.
+        aligned: dY and the weight can be read, and dX written, 16 bytes at a time.
         several: the rows belong to several adapters.
         batch_invariant: nothing may depend on num_rows.
     """

@@ -186,11 +186,13 @@ def lora_add_(y, x, lora_a, lora_b, scaling, batch_invariant, **training):
     a, pdl = lora_a.unsqueeze(0), host.has_pdl(x)
     block_r, padded = _padded(lora_a.shape[0])
     u = shrink(x, a, scaling, lora_b.dtype, batch_invariant=batch_invariant, pdl=pdl, **training)
-    block_m, block_n = (16, 32) if host.INTERPRETED else (64 if batch_invariant or y.shape[0] > 32 else 16, 128)
+    low_precision = host.precision(x, lora_b)
+    block_n = 64 if low_precision == "tf32x3" else 128  # three products of 128 columns spill
+    block_m, block_n = (16, 32) if host.INTERPRETED else (64 if batch_invariant or y.shape[0] > 32 else 16, block_n)
     tiles_n = -(-y.shape[1] // block_n)
     triton_kernels.expand_kernel[(-(-y.shape[0] // block_m) * tiles_n,)](
         y, u, lora_b, *y.shape, lora_a.shape[0], padded, *y.stride(), u.stride(0), *lora_b.stride(), tiles_n,
-        PDL=pdl, LOW_PRECISION=host.precision(x, lora_b), UPCAST=host.upcast(x, lora_b, y),
+        PDL=pdl, LOW_PRECISION=low_precision, UPCAST=host.upcast(x, lora_b, y),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r, num_warps=4, num_stages=2,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

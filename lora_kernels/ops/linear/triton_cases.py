@@ -9,6 +9,8 @@ from . import triton
 
 # Rows and rank of each path and tile size.
 _SIZES = ((1, 16), (32, 16), (64, 64), (16, 128), (64, 256), (200, 16), (400, 8), (400, 32), (8192, 16), (8192, 64))
+# Sizes that are multiples of 8, not of 16: TMA takes them, and rows are no multiple of what Triton knows of a stride.
+_EIGHTS = {"features": 1000, "outputs": 1000}
 _BY_COLUMNS = ((1, 16), (200, 16), (8192, 16), (8192, 64))  # as the layers of GPT-2 store it
 _SLICES = [4096, 1024, 1024]
 
@@ -56,6 +58,9 @@ def cases():
         found.append(_forward("bf16, odd sizes,", rows, rank - 3, bf16, features=4099, outputs=4001))
         found.append(_forward("bf16, 3 slices,", rows, rank, bf16, slices=_SLICES))
     found += [_forward("bf16, weight by columns,", rows, rank, bf16, by_columns=True) for rows, rank in _BY_COLUMNS]
+    found += [_forward("bf16, sizes of 1000,", rows, 16, bf16, **_EIGHTS) for rows in (64, 200, 8192)]
+    found += [_forward("bf16, odd vocabulary,", rows, 8, bf16, outputs=50257) for rows in (16, 400, 8192)]
+    found.append(_forward("bf16", 8192, 8, bf16))
     found.append(_forward("f16", 8192, 16, f16))
     found.append(_forward("f32", 8192, 16, f32))
     found.append(_forward("bf16, batch_invariant,", 8192, 16, bf16, invariant=True))
@@ -64,4 +69,5 @@ def cases():
     found.append(_forward("bf16, odd sizes,", 64, 60, bf16, features=4099))
     found += [_add("bf16", rows, rank, bf16) for rows, rank in ((1, 16), (8192, 16), (8192, 64))]
     found.append(_add("bf16, adapters f32,", 8192, 16, bf16, f32))
+    found.append(_add("f16, adapters f32,", 8192, 8, f16, f32))
     return found

@@ -115,10 +115,14 @@ def input_gradient(dx, dys, weights, g, lora_a, *, mask=None, row_slots=None, ba
     if dx.numel() == 0:
         return
     num_rows, in_features = dx.shape
-    aligned = all(host.aligned(tensor) for tensor in (*dys, *weights)) and len(dys) <= host.MOST_DESCRIPTORS
+    # Wide tiles spill where rows of dx begin at no multiple of 16 elements, and several adapters' also where they are
+    # read through pointers; with the last term alone they gain nothing.
+    aligned = 0 < len(dys) <= host.MOST_DESCRIPTORS and in_features % 16 == 0
+    aligned = aligned and all(host.aligned(tensor) for tensor in (*dys, *weights))
+    aligned = aligned and (row_slots is None or host.tma_ready(*dys, *weights))
     mixed = dx.dtype != lora_a.dtype
     tiles = None
-    if dys and aligned and not (mixed or batch_invariant):
+    if aligned and not (mixed or batch_invariant):
         sizes = {"M": num_rows, "K": in_features, "N": sum(dy.shape[1] for dy in dys), "R": g.shape[1], "T": len(dys)}
         slots = 0 if row_slots is None else lora_a.shape[0]
         sizes |= {"D": int(mask is not None), "L": slots, "B": dx.element_size()}

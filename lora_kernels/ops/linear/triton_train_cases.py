@@ -50,9 +50,9 @@ def _case(name, rows, rank, dtype, adapter=None, *, dropout_p=0.0, invariant=Fal
     return StaticCase(f"training {name} M{rows} r{rank}", call, mma)
 
 
-def _several(name, rows, ranks, dtype, adapter=None, slices=None):
+def _several(name, rows, ranks, dtype, adapter=None, slices=None, by_columns=False):
     """``multi_lora_backward`` of adapters of these ranks."""
-    x, weight, _, *_ = arguments(rows, 16, dtype, adapter, slices=slices)
+    x, weight, _, *_ = arguments(rows, 16, dtype, adapter, slices=slices, by_columns=by_columns)
     each = [arguments(rows, rank, dtype, adapter, slices=slices)[3:5] for rank in ranks]
     lora_a, lora_b = ([pair[i] for pair in each] for i in range(2))
     call = functools.partial(
@@ -77,8 +77,12 @@ def cases():
         _case("bf16, 3 slices,", 8192, 16, bf16, slices=_SLICES),
         _case("bf16, weight by columns,", 8192, 64, bf16, by_columns=True),
         _case("bf16, odd sizes, dropout,", 8192, 13, bf16, dropout_p=0.1, features=4099, outputs=4001),
+        _case("bf16, sizes of 1000,", 8192, 16, bf16, features=1000, outputs=1000),
+        _case("bf16, adapters f32, dropout,", 8192, 8, bf16, f32, dropout_p=0.1),
+        _case("bf16, update alone,", 8192, 8, bf16, base=False),
         _case("bf16, update alone, dropout,", 8192, 16, bf16, base=False, dropout_p=0.1),
         _several("bf16", 8192, (8, 64), bf16),
+        _several("bf16, weight by columns,", 8192, (16, 16), bf16, by_columns=True),
         _several("bf16, adapters f32,", 8192, (16, 16), bf16, f32),
         _several("f32", 8192, (16, 16), f32),
     ]

@@ -43,6 +43,7 @@ def choose(
     batch_invariant=False,
     plain=True,
     aligned=True,
+    by_rows=True,
 ):
     """The :class:`Config` of a call. Pure.
 
@@ -56,6 +57,7 @@ def choose(
         batch_invariant: nothing may depend on num_tokens.
         plain: adapters in the dtype of x, to be read 16 bytes at a time.
         aligned: whether x and weight can be read 16 bytes at a time.
+        by_rows: whether the weight is stored by rows.
     """
     if capability == (0, 0):
         return _interpreter(num_tokens, num_slots, batch_invariant)
@@ -79,8 +81,10 @@ def choose(
         base = Tiles(64, 64, 32, 8, 2)
     elif not plain:  # three tf32 products, or an address for each element, take registers
         base = Tiles(64, 128, 32, 8, 2)
-    elif num_tokens <= 256:
-        base = dataclasses.replace(base, block_m=64, num_warps=4)
+    elif num_tokens <= 256 or out_features % 16 or (capability >= (9, 0) and not by_rows):
+        # Where rows of y begin at no multiple of 16 elements, stores of 128 rows spill; from sm_90 on a weight by
+        # columns, too.
+        base = dataclasses.replace(base, block_m=64)
     # The slots of one tile follow one another: with few rows each, adding in place is faster.
     route = "fused" if num_tokens <= 1024 and num_tokens >= 16 * num_slots else "vendor"
     return Config(route, base, shrink, expand)

@@ -114,7 +114,7 @@ def _config(op, x, weight, out_features, a, batch_invariant):
             return found
     found = config.choose(
         *sizes, host.capability(x), num_sms=host.num_sms(x), batch_invariant=batch_invariant, aligned=aligned,
-        plain=plain,
+        plain=plain, by_rows=weight is None or weight.stride(1) == 1,
     )  # fmt: skip
     return {"lora_shrink": found.shrink, "lora_expand_": found.expand}.get(op, found)
 

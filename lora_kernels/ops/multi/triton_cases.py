@@ -38,12 +38,13 @@ def _mma(rows, dtype):
 
 
 def _case(name, rows, slots, rank, dtype, adapter=None, *, slices=None, features=4096, outputs=4096, listed=False,
-          invariant=False):  # fmt: skip
+          invariant=False, by_columns=False):  # fmt: skip
     adapter, outputs = adapter or dtype, sum(slices) if slices else outputs
     a = _empty(slots, *([len(slices)] if slices else []), rank, features, like=adapter)
     b = _empty(slots, outputs, rank, like=adapter)
     scalings, ranks, *plan = _plan(rows, slots, slices)
     x, weight, bias = (_empty(*shape, like=dtype) for shape in ((rows, features), (outputs, features), (outputs,)))
+    weight = _empty(features, outputs, like=dtype).t() if by_columns else weight
     title = f"{name} M{rows} L{slots} r{rank}"
     if listed:
         adapters = ([a[0]] * slots, [b[0]] * slots, scalings)
@@ -81,6 +82,11 @@ def cases():
         found.append(_case("bf16, odd sizes,", rows, slots, rank - 3, bf16, features=4099, outputs=4001))
         found.append(_case("bf16, 3 slices,", *sizes, bf16, slices=_SLICES))
         found.append(_case("f32", *sizes, f32))
+    found.append(_case("bf16", 200, 4, 8, bf16))
+    found.append(_case("bf16, weight by columns, 3 slices,", 800, 8, 16, bf16, slices=_SLICES, by_columns=True))
+    for sizes in ((64, 8, 16), (800, 8, 16)):
+        found.append(_case("bf16, sizes of 1000,", *sizes, bf16, features=1000, outputs=1000))
+        found.append(_case("bf16, odd vocabulary,", *sizes, bf16, outputs=50257))
     for slots in (1, 8, 64):
         found.append(_case("bf16", 1024, slots, 16, bf16, listed=True))
         found.append(_case("bf16, adapters f32,", 8192, slots, 16, bf16, f32, listed=True))
