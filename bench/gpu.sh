@@ -105,7 +105,7 @@ tests() {
 # The limits add up to ten minutes.
 run build 150 env LORA_KERNELS_BUILD="${LORA_KERNELS_BUILD:-auto}" "$PYTHON" -m build_support
 tests tests 150 tests/gpu
-tests kernels 62 tests/triton --ignore=tests/triton/test_static.py --ignore=tests/triton/test_launch.py
+tests kernels 62 tests/triton_kernels --ignore=tests/triton_kernels/test_static.py --ignore=tests/triton_kernels/test_launch.py
 bench decode 35
 bench prefill 48
 bench train 33

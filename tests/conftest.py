@@ -21,9 +21,8 @@ def _define_triton_kernels_for_the_interpreter():
         del os.environ["TRITON_INTERPRET"]
 
 
-_triton = importlib.util.find_spec("triton")
-if _triton is None or _triton.origin is None:  # the folder of the tests of Triton's kernels is found by that name
-    collect_ignore = ["triton"]
+if importlib.util.find_spec("triton") is None:
+    collect_ignore = ["triton_kernels"]
 elif "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
     _define_triton_kernels_for_the_interpreter()
 
