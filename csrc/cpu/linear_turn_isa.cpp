@@ -57,12 +57,13 @@ LK_INLINE void add_steps(const float* panel, int64_t apart, const typename S::Ro
   }
 }
 
-// Some numbers of k of W's rows: where the first row has them, how many, and how far from them lie
-// those that the same rows will want next.
+// Some numbers of k of W's rows: where the first row has them, how many, how far from them lie
+// those that the same rows will want next, and whether the rows crowd into few sets of L1.
 template <class T>
 struct Block {
   const T* w;
   int64_t stride, count, ahead;
+  bool crowded;
 };
 
 // out[v][n][16] += those numbers of V panels times those of NR rows, from row n0 on.
@@ -107,12 +108,19 @@ LK_INLINE void tile(const float* panel, int64_t apart, const Block<typename S::W
   }
 }
 
+constexpr int kWays = 8;  // lines in a set of L1
+
 // The same for `rows` rows.
 template <class S, int V>
 void add_block(const float* panel, int64_t apart, const Block<typename S::W>& block, int rows,
                float* out) {
   constexpr int kMost = S::wide(V);
   int n = 0;
+  if constexpr (kMost > kWays) {
+    for (; block.crowded && n + kWays <= rows; n += kWays) {
+      tile<S, V, kWays>(panel, apart, block, n, out);
+    }
+  }
   for (; n + kMost <= rows; n += kMost) tile<S, V, kMost>(panel, apart, block, n, out);
   for (; n + 2 <= rows; n += 2) tile<S, V, 2>(panel, apart, block, n, out);
   if (n < rows) tile<S, V, 1>(panel, apart, block, n, out);
@@ -128,7 +136,8 @@ void add_product(const float* x, int64_t K, int panels, const typename S::W* w, 
   for (int64_t k = 0; k < K; k += kNumbers) {
     // Past the last block comes the first one of the next chunk.
     const Block<typename S::W> block = {w + k, w_stride, K - k < kNumbers ? K - k : kNumbers,
-                                        k + kNumbers < K ? kNumbers : kChunk * w_stride - k};
+                                        k + kNumbers < K ? kNumbers : kChunk * w_stride - k,
+                                        S::crowded(w_stride)};
     const float* at = x + k / S::kSize * kLanes;
     for (int p = 0; p < panels;) {
       float* sums = out + p * kChunk * kLanes;

@@ -16,7 +16,7 @@ constexpr int64_t kBlock = kTurnBlock;
 // What both have: W, the type of w; kSize, numbers of k in a step; wide(V), rows of w that meet V
 // panels at a time, as the registers allow; kHoldsX, whether these hold a step of x while rows of w
 // come, or the other way round; kLine, steps between two calls of fetch(); a Row of w and the
-// Buffer that it may need.
+// Buffer that it may need; crowded(), whether rows of w so far apart crowd into few sets of L1.
 template <class T>
 struct Single {
   using W = T;
@@ -35,6 +35,7 @@ struct Single {
   static constexpr int wide(int V) { return 6 / V; }
 #endif
 
+  static LK_INLINE bool crowded(int64_t) { return false; }
   static LK_INLINE int64_t steps(int64_t K) { return K; }
   static LK_INLINE V vec(const float* p) { return load(p); }
   static LK_INLINE V bcast(Row row, int64_t step) { return broadcast(row[step]); }
@@ -87,6 +88,9 @@ struct Pair {
   static constexpr bool kHoldsX = true;
 
   static constexpr int wide(int V) { return V == 1 ? 16 : 24 / V; }
+  // Whole pages apart, rows share a set: 16 of them cost Zen 4 a third more than eight and eight.
+  // Zen 5, with wider sets, has not been measured so.
+  static LK_INLINE bool crowded(int64_t stride) { return stride * 2 % 4096 == 0 && !is_zen5(); }
   static LK_INLINE int64_t steps(int64_t K) { return (K + 1) / 2; }
   static LK_INLINE V vec(const float* p) { return as_pairs(load(p)); }
   static LK_INLINE V bcast(Row row, int64_t step) {
