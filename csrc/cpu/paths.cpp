@@ -62,13 +62,13 @@ bool panel_wins(int64_t M, int64_t N, int64_t K, int64_t depth, DType dtype, Isa
 
 // Whether turning x beats the vendor's GEMM and our other kernels. bf16 with the dot instruction on
 // Zen 5: by a quarter to a half up to 64 rows, by less up to 128, where small products are quicker
-// in panels; on Zen 4, whose oneDNN is as fast as the units, by what the update costs, up to 63
+// in panels; on Zen 4, whose oneDNN is as fast as the units, by what the update costs, up to 64
 // rows. float32 on Zen 5 by two to three times. float32 on AVX2: by a fifth from 12 to 128 rows,
 // as twelve of the sixteen registers hold sums; on the Xeon by a third from 17 to 32.
 bool turning_wins(int64_t M, int64_t N, int64_t K, DType dtype, Isa isa) {
   if (own_tiles(dtype, isa)) return true;
   if (own_pairs(dtype, isa) || (dtype == DType::f32 && narrow_mkl(isa))) {
-    return M < 64 || (is_zen5() && M <= 128 && M * N * K > 20000000);
+    return M < 64 || (M <= (is_zen5() ? 128 : 64) && M * N * K > 20000000);
   }
   if (dtype != DType::f32) return false;
   return isa == Isa::avx2 ? M >= 12 && M <= 128 : isa == Isa::amx && M > 16 && M <= 32;
