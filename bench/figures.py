@@ -13,7 +13,8 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-LEVELS = {"avx2": "AVX2", "avx512_zen4": "Zen 4", "avx512": "Zen 5", "amx": "AMX"}  # end of a file's name: the CPU it was measured on
+# End of the name of a file: the CPU it was measured on.
+LEVELS = {"avx2": "AVX2", "avx512_zen4": "Zen 4", "avx512": "Zen 5", "amx": "AMX"}
 HEADLINES = {  # suite of result files: {case in it: the reader's words}
     "targets": {
         "forward llama3-8b-qo M=1 r=16 bfloat16": "`lora_linear`, 4096², 1 row, bf16",
