@@ -55,13 +55,23 @@ def eager_model(base, adapters):
     return model
 
 
-def merged_model(base, adapters, dtype):
-    """A copy of the plain classifier with the update in its weights: computed in float64, then cast to ``dtype``."""
+def merged_model(base, adapters, dtype, leaving=None):
+    """A copy of the plain classifier with the update in its weights: computed in float64, then cast to ``dtype``.
+
+    ``leaving``: adapters that ``base`` has in its weights, which are taken out in the same step.
+    """
     model = copy.deepcopy(base).to(dtype)
-    for path, (lora_a, lora_b, scaling) in adapters.items():
-        exact = base.get_submodule(path).weight.double() + scaling * (lora_b.double() @ lora_a.double())
+    for path, adapter in adapters.items():
+        exact = base.get_submodule(path).weight.double() + _update(adapter)
+        if leaving is not None:
+            exact -= _update(leaving[path])
         model.get_submodule(path).weight.data.copy_(exact)
     return model
+
+
+def _update(adapter):
+    lora_a, lora_b, scaling = adapter
+    return scaling * (lora_b.double() @ lora_a.double())
 
 
 @torch.no_grad()
@@ -93,10 +103,14 @@ class Oracle:
     def budget(self, name, batch):
         return budget(encode(eager_model(self.base, self.adapters.get(name, {})), batch), self.exact(name, batch))
 
-    def merged_budget(self, name, batch):
-        """The budget when the weights themselves were rounded after the merge."""
-        dtype = next(self.base.encoder.parameters()).dtype
-        rounded = merged_model(self.base, self.adapters[name], dtype)
+    def merged_budget(self, name, batch, before=None):
+        """The budget when the weights themselves were rounded after the merge; ``before``: and after a merge of that
+        adapter, from which they were switched."""
+        dtype, base, leaving = next(self.base.encoder.parameters()).dtype, self.base, None
+        if before is not None:
+            leaving = self.adapters[before]
+            base = merged_model(base, leaving, dtype)
+        rounded = merged_model(base, self.adapters[name], dtype, leaving)
         return budget(encode(rounded, batch), self.exact(name, batch))
 
 
@@ -141,7 +155,8 @@ def check_merging(model, oracle, batch, names):
     model.merge_adapter()
     merged = distance(encode(classifier, batch), oracle.exact(first, batch), 2 * oracle.merged_budget(first, batch))
     model.base_model.switch_adapter(second)
-    switched = distance(encode(classifier, batch), oracle.exact(second, batch), 2 * oracle.merged_budget(second, batch))
+    allowed = 2 * oracle.merged_budget(second, batch, before=first)
+    switched = distance(encode(classifier, batch), oracle.exact(second, batch), allowed)
     model.unmerge_adapter()
     left = max(
         ((_weight(classifier, path) - before).double().norm() / (2 * _rounding(before, oracle, names, path))).item()
@@ -162,7 +177,6 @@ def _rounding(before, oracle, names, path):
     """What one rounding of the base or of a merged weight can change: the sum over the steps that were taken."""
     total = torch.finfo(before.dtype).eps / 2 * before.double().norm()
     for name in names[:2]:
-        lora_a, lora_b, scaling = oracle.adapters[name][path]
-        exact = before.double() + scaling * (lora_b.double() @ lora_a.double())
+        exact = before.double() + _update(oracle.adapters[name][path])
         total = total + torch.finfo(before.dtype).eps / 2 * exact.norm()
     return total
